@@ -40,6 +40,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class InputError(ValueError):
+    """Something the user can mend: the message says what was got, what is allowed and what to do, in one line."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The recurrence
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,6 +95,15 @@ def recurrence(s: StepInputs, state: Tensor | None = None) -> tuple[Tensor, Tens
         S = new
         o.append(read(S, s.q[:, t]))
     return torch.stack(o, 1), S
+
+
+def states(s: StepInputs, state: Tensor | None = None) -> Tensor:
+    """The state after every token, S_1 .. S_T: [B, T, H, K, V]. (T times the memory of `recurrence`, whose steps these are.)"""
+    all_states = []
+    for t in range(s.q.shape[1]):
+        _, state = recurrence(s.slice(slice(t, t + 1)), state)
+        all_states.append(state)
+    return torch.stack(all_states, 1)
 
 
 def decayed_scores(x: Tensor, log_x: Tensor, y: Tensor, log_y: Tensor, mask: Tensor) -> Tensor:
@@ -505,6 +518,10 @@ class Stream(NamedTuple):
     x: Tensor                          # [B, T, D] the residual stream
     v_first: Tensor | None = None      # [B, T, H, V] layer 0's v, in RWKV-7 alone (after its layer 0)
 
+    def slice(self, times: slice, rows: Tensor | slice = slice(None)) -> Stream:
+        """The same stream at some times of some batch rows."""
+        return Stream(*(None if x is None else x[rows, times] for x in self))
+
 
 class Cache(NamedTuple):
     """All that the past leaves behind: one dict of tensors per layer, batch first, and the number of tokens seen."""
@@ -692,10 +709,6 @@ def build_rwkv7(c: dict, _) -> LanguageModel:
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Loading: every layout of the hub ends here
 # ---------------------------------------------------------------------------------------------------------------------
-class InputError(ValueError):
-    """Something the user can mend: the message says what was got, what is allowed and what to do, in one line."""
-
-
 #: From our parameter names to the checkpoints', applied in this order. Below a mixer or an MLP the names are the same.
 HUB_NAMES = {
     "gdn": [(r"^embedding", "model.embed_tokens"), (r"^norm", "model.norm"), (r"^head", "lm_head"), (r"^layers", "model.layers"),

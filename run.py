@@ -1,4 +1,11 @@
-"""The command line: python run.py COMMAND. See README.md, or python run.py --help."""
+"""The command line: python run.py COMMAND (--help says which, README.md says why).
+
+    replace   the replacement test on the three embedded models, or on any model: can an SAE's atom stand for a real write?
+    train     train an SAE on the writes of one head and save it beside its model
+    pretrain  train an embedded model from nothing
+
+Results go to stdout, decisions and progress to stderr. A wrong input ends in one line on stderr and exit status 2.
+"""
 from __future__ import annotations
 
 import argparse
@@ -17,8 +24,36 @@ from torch import Tensor
 from tqdm import tqdm
 
 import models
+import writesae
+from models import InputError, LanguageModel
+from writesae import CONDITIONS, HORIZONS, Factored, Records, WriteSAE
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+EMBEDDED = ("gdn", "mamba2", "rwkv7")
+
+
+def say(line: str):
+    """One line about what was decided or how far long work is, on stderr, past a progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def progress(what: str):
+    """A progress bar on stderr for any iterable; nothing where stderr is no terminal."""
+    return lambda items: tqdm(items, desc=what, file=sys.stderr, leave=False, disable=None)
+
+
+def save_then_rename(write, path: str):
+    """Call write(temporary path), then rename: a file is there whole or not at all."""
+    write(path + ".part")
+    os.replace(path + ".part", path)
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto": a GPU where there is one."""
+    try:
+        return torch.empty(0, device=("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used here ({str(error).splitlines()[0][:80]}); take auto or cpu") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,7 +104,7 @@ SHAPES = {   # Few heads of 32 x 32, so that one write matters; 0.9 to 1.4 milli
 }
 CONTEXT = 512     # tokens per training window
 BATCH = 8         # windows per step: with Muon, small steps and many of them are the better use of a CPU's hours
-PEAK_LR = 4e-3    # for both optimisers (Muon's update is scaled to AdamW's size), after a short warm-up, then linearly to zero
+PEAK_LR = 1.2e-2   # for both optimisers (Muon's update is scaled to AdamW's size), after a short warm-up, then linearly to zero
 
 
 def train_tokenizer(texts: list[str], vocab: int):
@@ -88,10 +123,11 @@ def encode_files(tokenizer, texts: list[str]) -> Tensor:
     return torch.tensor([i for text in texts for i in [0] + tokenizer.encode(text).ids])
 
 
-def initialise(model: models.LanguageModel, generator: torch.Generator):
+def initialise(model: LanguageModel, generator: torch.Generator):
     """Draw starting weights, in place: matrices ~ N(0, 1/width), maps back to the stream zero, gates as in the papers."""
     normal = lambda p, std: p.copy_(torch.randn(p.shape, generator=generator) * std)
     uniform = lambda n, low, high: low + (high - low) * torch.rand(n, generator=generator)
+    inverse_softplus = lambda y: y + torch.log(-torch.expm1(-y))
     with torch.no_grad():
         normal(model.embedding.weight, 0.05)
         for name, module in model.named_modules():
@@ -100,10 +136,13 @@ def initialise(model: models.LanguageModel, generator: torch.Generator):
                 normal(module.weight, 0.0 if zero else module.in_features ** -0.5)
             if isinstance(module, models.ConvWeights):
                 normal(module.weight, 0.3)
-            if isinstance(module, (models.GatedDeltaNet, models.Mamba2)):    # decays e^{−A Δ}: A from 1 to 16, Δ from 0.001 to 0.1
+            if isinstance(module, models.GatedDeltaNet):                         # decays e^{−A Δ}: A from 1 to 16, Δ from 0.001 to 0.1
                 module.A_log.copy_(uniform(module.heads, 1, 16).log())
-                step = uniform(module.heads, math.log(1e-3), math.log(0.1)).exp()
-                module.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = Δ
+                module.dt_bias.copy_(inverse_softplus(uniform(module.heads, math.log(1e-3), math.log(0.1)).exp()))
+            if isinstance(module, models.Mamba2):    # Here Δ scales the write too. The paper's 0.001 to 0.1 leaves it so small beside the
+                module.A_log.copy_(uniform(module.heads, math.log(0.1), math.log(2)))    # skip D x that a short training never uses the
+                module.dt_bias.copy_(inverse_softplus(uniform(module.heads, math.log(0.1), 0).exp()))      # state: so start with Δ from
+                module.D.zero_()                                                                           # 0.1 to 1 and no skip.
             if isinstance(module, models.RWKV7):
                 ramp = torch.linspace(0, 1, module.x_r.numel())
                 for c, power in zip("rwkvag", (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)):
@@ -116,7 +155,7 @@ def initialise(model: models.LanguageModel, generator: torch.Generator):
                 module.x_k.copy_(1 - torch.linspace(0, 1, module.x_k.numel()) ** 2)
 
 
-def optimisers(model: models.LanguageModel) -> list[torch.optim.Optimizer]:
+def optimisers(model: LanguageModel) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embedding, head and all small tensors."""
     matrix = lambda n, p: n.startswith("layers") and p.dim() == 2 and min(p.shape) >= 32
     return [torch.optim.Muon([p for n, p in model.named_parameters() if matrix(n, p)], weight_decay=0.05,
@@ -124,7 +163,7 @@ def optimisers(model: models.LanguageModel) -> list[torch.optim.Optimizer]:
             torch.optim.AdamW([p for n, p in model.named_parameters() if not matrix(n, p)], weight_decay=0.0, betas=(0.9, 0.95))]
 
 
-def windows(tokens: Tensor, seed: int, step: int) -> Tensor:
+def training_batch(tokens: Tensor, seed: int, step: int) -> Tensor:
     """The step-th batch [BATCH, CONTEXT + 1]: every epoch cuts the text at new places and shuffles the pieces."""
     per_epoch = (len(tokens) - 2 * CONTEXT) // CONTEXT // BATCH
     epoch, i = divmod(step, per_epoch)
@@ -134,7 +173,7 @@ def windows(tokens: Tensor, seed: int, step: int) -> Tensor:
     return tokens[offset + order[:, None] * CONTEXT + torch.arange(CONTEXT + 1)]
 
 
-def bits_per_byte(model: models.LanguageModel, tokens: Tensor, bytes_per_token: float, limit: int | None = None) -> float:
+def bits_per_byte(model: LanguageModel, tokens: Tensor, bytes_per_token: float, limit: int | None = None) -> float:
     """Held-out cross-entropy in bits per byte of text (lower is better): windows of CONTEXT tokens that move by half a window,
     each token scored once, with at least half a window before it. limit: only so many windows, spread evenly."""
     half = CONTEXT // 2
@@ -150,9 +189,16 @@ def bits_per_byte(model: models.LanguageModel, tokens: Tensor, bytes_per_token: 
 
 
 def pretrain(args) -> int:
-    """Train an embedded model from nothing; interrupted, it goes on from its last save."""
-    name, device = args.model, pick_device(args.device)
-    folder = os.path.join(args.out, name)
+    """Train the embedded models from nothing. Interrupted, it goes on from its last save (every 200 steps)."""
+    for name in args.models:
+        pretrain_one(name, args)
+    return 0
+
+
+def pretrain_one(name: str, args):
+    """Train one and write it to args.out/name in the hub's layout: config.json, model.safetensors, tokenizer.json."""
+    device, folder = pick_device(args.device), os.path.join(args.out, name)
+    resume = os.path.join(folder, "resume.pt")
     os.makedirs(folder, exist_ok=True)
     training, held_out = split(python_text())
     tokenizer = train_tokenizer(training, COMMON["vocab_size"])
@@ -160,26 +206,23 @@ def pretrain(args) -> int:
     bytes_per_token = sum(len(t.encode()) for t in held_out) / len(test_tokens)
     model = models.build(SHAPES[name]).to(device)
     initialise(model, torch.Generator().manual_seed(args.seed))
-    model.tokenizer = tokenizer
     opts = optimisers(model)
-    steps = args.tokens // (CONTEXT * BATCH)
+    step, steps = 0, max(1, (50_000 if args.quick else args.tokens) // (CONTEXT * BATCH))
     say(f"pretrain {name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tokens):,} training tokens, "
-        f"{len(test_tokens):,} held out ({bytes_per_token:.2f} bytes each), {steps:,} steps of {BATCH} x {CONTEXT} tokens on {device}")
-
-    resume, step = os.path.join(folder, "resume.pt"), 0
+        f"{len(test_tokens):,} held out ({bytes_per_token:.2f} bytes each), {steps:,} steps of {BATCH} x {CONTEXT} tokens, {device}, "
+        f"bf16 products (fp32 weights and recurrence), seed {args.seed}")
     if os.path.exists(resume):
-        saved = torch.load(resume, weights_only=True)
+        saved = torch.load(resume, weights_only=True, map_location=device)
         if saved["steps"] == steps:
             step = saved["step"]
             model.load_state_dict(saved["model"])
             for opt, state in zip(opts, saved["opts"]):
                 opt.load_state_dict(state)
             say(f"going on from step {step}")
-    began = time.time()
-    bar = tqdm(total=steps, initial=step, file=sys.stderr, disable=None)
-    while step < steps:
+    began, bpb = time.time(), math.nan
+    for step in tqdm(range(step, steps), initial=step, total=steps, file=sys.stderr, disable=None):
         lr = PEAK_LR * min(1, (step + 1) / 100, (steps - step) / (0.9 * steps))
-        x = windows(train_tokens, args.seed, step).to(device)
+        x = training_batch(train_tokens, args.seed, step).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             logits, _ = model(x[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), x[:, 1:].flatten())
@@ -190,46 +233,285 @@ def pretrain(args) -> int:
                 group["lr"] = lr
             opt.step()
             opt.zero_grad()
-        step += 1
-        bar.update()
-        if step % 200 == 0 or step == steps:
-            bpb = bits_per_byte(model, test_tokens, bytes_per_token, limit=None if step == steps else 64)
-            say(f"step {step:5d}  train {loss.item():.3f} nats/token  held-out {bpb:.3f} bits/byte  {time.time() - began:.0f} s")
-            save_then_rename(lambda path: torch.save({"step": step, "steps": steps, "model": model.state_dict(),
-                                                      "opts": [o.state_dict() for o in opts]}, path), resume)
+        done = step + 1
+        if done % 200 == 0 or done == steps:
+            bpb = bits_per_byte(model, test_tokens, bytes_per_token, limit=64 if args.quick or done < steps else None)
+            say(f"step {done:5d}  train {loss.item():.3f} nats/token  held-out {bpb:.3f} bits/byte  {time.time() - began:.0f} s")
+            saved = {"step": done, "steps": steps, "model": model.state_dict(), "opts": [opt.state_dict() for opt in opts]}
+            save_then_rename(lambda path: torch.save(saved, path), resume)
+    models.save(model, SHAPES[name] | dict(pretraining=dict(steps=steps, tokens=steps * CONTEXT * BATCH, held_out_bits_per_byte=round(bpb, 4))), folder)
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    os.remove(resume)
+    print(f"{name}: held-out {bpb:.3f} bits per byte, saved in {folder}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model, its text, its SAE
+# ---------------------------------------------------------------------------------------------------------------------
+PASSAGE = 128                                # tokens per tested passage
+POSITIONS = range(32, PASSAGE - HORIZONS + 1, 3)     # tested in each: some text before, ten tokens after
+COSINE_MIN = 0.71                            # a firing explains half of the write's energy; stored with each SAE
+
+
+def open_model(name: str, device: str) -> LanguageModel:
+    """An embedded model by its short name, or any folder or hub id."""
+    path = os.path.join(HERE, "checkpoints", name) if name in EMBEDDED else name
+    model = models.load(path, pick_device(device))
+    model.name = name
+    return model
+
+
+def windows(model: LanguageModel, texts: list[str], n: int, T: int) -> Tensor:
+    """n windows [n, T] of tokens, evenly spread over the texts, each inside one text. Raises InputError if there are fewer."""
+    tokenizer = models.load_tokenizer(model)
+    pieces = [torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in texts]
+    every = torch.cat([p[:len(p) // T * T].view(-1, T) for p in pieces])
+    if len(every) < n:
+        raise InputError(f"the text gives {len(every)} passages of {T} tokens, {n} are needed: take a longer --text or a smaller --passages")
+    return every[torch.linspace(0, len(every) - 1, n).long()].to(model.device)
+
+
+def cells(model: LanguageModel, layer: str | None, head: str) -> list[tuple[int, int]]:
+    """The (layer, head) pairs that --layer and --head name: by default the second recurrent layer, head 0."""
+    number = lambda text, what: int(text) if text.isdigit() else fail(f"{what} {text!r}: allowed are a number or all")
+    recurrent = model.recurrent_layers
+    layers = [recurrent[min(1, len(recurrent) - 1)]] if layer is None else recurrent if layer == "all" else [number(layer, "layer")]
+    pairs = []
+    for i in layers:
+        model.check_cell(i, 0)
+        pairs += [(i, h) for h in (range(model.layers[i].mixer.heads) if head == "all" else [number(head, "head")])]
+    for pair in pairs:
+        model.check_cell(*pair)
+    return pairs
+
+
+def fail(message: str):
+    """Raise InputError, inside an expression."""
+    raise InputError(message)
+
+
+def sae_file(model: LanguageModel, layer: int, head: int, args) -> str:
+    """Where a cell's SAE lives: beside its model, named by the cell and by what is not the default."""
+    variant = "".join(f"-{x}" for x in (args.source, args.write) if x not in ("write", "value"))
+    return os.path.join(model.folder, f"sae{variant}-L{layer}H{head}.safetensors")
+
+
+def train_sae(model: LanguageModel, layer: int, head: int, args) -> WriteSAE:
+    """An SAE for one cell, from the training text alone: on writes by alternating updates, otherwise by gradients."""
+    began = time.time()
+    training, held_out = split(python_text())
+    collect = lambda texts, n: writesae.collect(model, windows(model, texts, n, CONTEXT), layer, head, args.write, args.source, progress("writes"))
+    X, Y = collect(training, 60 if args.quick else 1500 if args.source == "write" else 800), collect(held_out, 20 if args.quick else 60)
+    generator = torch.Generator().manual_seed(args.seed)
+    atoms = args.atoms or (512 if args.quick else 16384 if args.source == "write" else 2048)
+    k = args.k or (1 if args.source == "write" else 32)
+    metric = args.metric or ("read" if args.source == "write" else "frobenius")
+    sae = WriteSAE(atoms, X.keys.shape[-1], X.values.shape[-1], k, args.encoder, architecture=model.architecture, model=model.name,
+                   layer=layer, head=head, source=args.source, write=args.write, metric=metric, layout="key first", seed=args.seed,
+                   cosine_min=COSINE_MIN).to(model.device)
+    if metric == "read":
+        sample = windows(model, training, 8 if args.quick else 128, PASSAGE)
+        sae.set_metric(*writesae.read_metric(model, sample, layer, head, POSITIONS[::4], generator, progress=progress("metric")))
+    if args.source == "write" and k == 1 and args.encoder == "tied":
+        method = "alternating updates"
+        writesae.fit_alternating(sae, X.keys[:, 0], X.values[:, 0], generator, args.steps or (8 if args.quick else 24),
+                                 20_000 if args.quick else 150_000, progress=progress("atoms"))
+    else:
+        method = "Adam"
+        writesae.fit_gradient(sae, X, generator, args.steps or (50 if args.quick else 2000), 256 if args.source == "state" else 1024,
+                              progress=progress("atoms"))
+    with torch.no_grad():
+        left = torch.cat([sae.energy(sae(Y[i:i + 256])[0]) for i in range(0, len(Y), 256)])
+        energy = sae.energy(Y)
+    sae.cfg |= dict(method=method, n_train=len(X), seconds=round(time.time() - began, 1), fvu=round((left.sum() / energy.sum()).item(), 4),
+                    median_cosine=round((1 - left / energy).clamp_min(0).sqrt().median().item(), 4))
+    say(f"SAE {model.name} L{layer}H{head}: {atoms:,} atoms, k={k}, {args.encoder}, source {args.source}, {metric} metric, {method} on {len(X):,} "
+        f"samples; held out, in that metric: unexplained energy {sae.cfg['fvu']:.3f}, median cosine {sae.cfg['median_cosine']:.3f}; {sae.cfg['seconds']} s")
+    return sae.requires_grad_(False)
+
+
+def find_sae(model: LanguageModel, layer: int, head: int, args) -> WriteSAE:
+    """The cell's SAE from its file (or --sae), else a new one, trained now and said so."""
+    path = args.sae or sae_file(model, layer, head, args)
+    if args.sae or os.path.exists(path):
+        sae = WriteSAE.load(path).to(model.device)
+        mixer = model.layers[layer].mixer
+        if sae.key_dir.shape[1] != mixer.K or sae.value_dir.shape[1] != mixer.V:
+            raise InputError(f"{path}: atoms are {sae.key_dir.shape[1]} x {sae.value_dir.shape[1]}, the head's writes {mixer.K} x {mixer.V}")
+        return sae
+    say(f"no SAE yet for {model.name} L{layer}H{head} ({path}): training one first{' (--quick: small, not kept)' if args.quick else ''}")
+    sae = train_sae(model, layer, head, args)
+    if not args.quick:
+        sae.save(path)
+    return sae
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+def train(args) -> int:
+    """Train the SAEs of the chosen cells and save each beside its model."""
+    for name in args.models:
+        model = open_model(name, args.device)
+        for layer, head in cells(model, args.layer, args.head):
+            path = args.sae or sae_file(model, layer, head, args)
+            train_sae(model, layer, head, args).save(path)
+            print(path)
     return 0
 
 
-def save_then_rename(write, path: str):
-    """Call write(temporary path), then rename: a file is there whole or not at all."""
-    write(path + ".part")
-    os.replace(path + ".part", path)
+#: The paper's figures for the table: win rate at firings, and recovered fraction from its medians (1 − 0.40/1.09 and so on).
+PAPER = {"gdn": dict(win_rate=0.924, per_atom_win_rate=0.898, strict_order_rate=0.895, recovered=0.63, n="4,851", cell="Qwen3.5-0.8B L1/9/17 H4"),
+         "mamba2": dict(win_rate=0.881, recovered=0.40, n="2,500", cell="Mamba-2-370M L24 H0"),
+         "rwkv7": dict(win_rate=0.453, n="6,591", cell="RWKV-7-1.5B L12 H0")}
 
 
-def pick_device(name: str) -> torch.device:
-    """"auto" takes a GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+def replace(args) -> int:
+    """The replacement test, one row of the table per cell."""
+    texts = [read_text(args.text)] if args.text else split(python_text())[1]
+    n = args.passages or (12 if args.quick else 176)
+    positions = POSITIONS[::4] if args.quick else POSITIONS
+    results, all_records = [], []
+    for name in args.models:
+        model = open_model(name, args.device)
+        pairs = cells(model, args.layer, args.head)
+        tokens = windows(model, texts, n, PASSAGE)
+        for layer, head in pairs:
+            sae = find_sae(model, layer, head, args)
+            began, generator = time.time(), torch.Generator().manual_seed(args.seed)
+            say(f"replace {name} L{layer}H{head} ({'default: second recurrent layer, head 0' if args.layer is None else 'as asked'}), "
+                f"{n} passages x {len(positions)} positions of {'--text' if args.text else 'held-out text'}, {sae.n_atoms:,} atoms, "
+                f"write {args.write}, scale {args.scale}, {model.device}, fp32, seed {args.seed}")
+            batch = max(1, 6_000_000 // (len(CONDITIONS) * HORIZONS * model.vocab))      # passages at once: some 24 MB of logits
+            parts = [writesae.replacement(model, sae, part, layer, head, positions, generator, args.write, args.source, args.scale,
+                                          progress(f"replace {name}")) for part in tokens.split(batch)]
+            first = [0, *torch.tensor([len(part) for part in tokens.split(batch)]).cumsum(0).tolist()]
+            parts = [r._replace(passage=r.passage + i) for r, i in zip(parts, first)]
+            records = Records(*map(torch.cat, zip(*parts)))
+            cosine_min = args.cosine_min if args.cosine_min is not None else sae.cfg["cosine_min"]
+            results.append(dict(model=name, layer=layer, head=head, source=args.source, scale=args.scale, write=args.write,
+                                cosine_min=cosine_min, **writesae.summary(records, cosine_min, generator), seconds=round(time.time() - began, 1)))
+            all_records.append((name, layer, head, records))
+    print_replace(results)
+    if args.json:
+        write_text(args.json, json.dumps(results, indent=1))
+    if args.records:
+        write_text(args.records, "".join(record_lines(*entry) for entry in all_records))
+    return 0
 
 
-def say(line: str):
-    """Progress and decisions of long work, on stderr, past the progress bar."""
-    tqdm.write(line, file=sys.stderr)
+def print_replace(results: list[dict]):
+    """The table: ours at firings and over all positions, the paper's row beside it."""
+    percent = lambda x: f"{100 * x:.1f}"
+    row = lambda *c: print(f"{c[0]:<12}{c[1]:>6}{c[2]:>8}{c[3]:>18}{c[4]:>10}{c[5]:>10}{c[6]:>11}{c[7]:>8}{c[8]:>11}{c[9]:>12}{c[10]:>9}")
+    print(f"Replacement: KL to the unmodified model over the write's step and the ten after it; one atom in the write's place against "
+          f"nothing.\nA firing: the dominant atom explains {percent(results[0]['cosine_min'] ** 2)} % of the write's energy or more.\n")
+    row("", "n", "cover%", "win% [95 % CI]", "per atom", "recovered", "projected%", "order%", "all: win%", "recovered", "noise")
+    for r in results:
+        low, high = r["win_ci95"]
+        row(f"{r['model']} L{r['layer']}H{r['head']}"[-12:], r["n_firings"], percent(r["coverage"]), f"{percent(r['win_rate'])} [{percent(low)}, {percent(high)}]",
+            percent(r["per_atom_win_rate"]), f"{r['recovered_pooled']:.2f}", percent(r["projected_win_rate"]), percent(r["strict_order_rate"]),
+            percent(r["win_rate_all"]), f"{r['recovered_pooled_all']:.2f}", f"{r['median_kl']['native']:.0e}")
+        paper = PAPER.get(r["model"])
+        if paper:
+            show = lambda key: percent(paper[key]) if key in paper else "-"
+            row("  the paper", paper["n"], "-", show("win_rate"), show("per_atom_win_rate"), paper.get("recovered", "-"), "-",
+                show("strict_order_rate"), "-", "-", "-")
+    print()
+    for r in results:
+        kl = r["median_kl"]
+        print(f"{r['model']} L{r['layer']}H{r['head']}: {r['n_firings']} firings of {r['n_atoms']} atoms in {r['n_passages']} passages; 95 % CI of the win rate "
+              f"by atom [{percent(r['win_ci95_by_atom'][0])}, {percent(r['win_ci95_by_atom'][1])}], by passage [{percent(r['win_ci95_by_passage'][0])}, "
+              f"{percent(r['win_ci95_by_passage'][1])}];\n  median KL (nats) atom {kl['atom']:.4f}  delete {kl['delete']:.4f}  random {kl['random']:.4f}  "
+              f"projected {kl['projected']:.4f}  native {kl['native']:.0e};  failures by quartile of effect "
+              f"{' / '.join(percent(q) for q in r['failure_by_quartile'])} %;  {r['seconds']} s")
+    print("\nn: firings. cover: their share of all tested positions. win: KL(atom) < KL(delete). recovered: 1 − ΣKL(atom)/ΣKL(delete) (the paper's: from\n"
+          "its medians). projected: the same rate for a random rank-1 direction at its own best coefficient (50 = means nothing). order: atom < delete <\n"
+          "random atom. all: every tested position. noise: median KL with the write itself put back.")
 
 
-def main(argv=None) -> int:
-    p = argparse.ArgumentParser(prog="run.py")
-    p.add_argument("command")
-    p.add_argument("--model")
-    p.add_argument("--out", default="checkpoints")
-    p.add_argument("--tokens", type=int, default=10_000_000)
+def record_lines(name: str, layer: int, head: int, records: Records) -> str:
+    """One JSON line per tested position, firing or not."""
+    lines = []
+    for i in range(len(records.atom)):
+        row = dict(model=name, layer=layer, head=head, passage=int(records.passage[i]), position=int(records.position[i]), atom=int(records.atom[i]),
+                   coefficient=float(records.coefficient[i]), cosine=float(records.cosine[i]), cosine_read=float(records.cosine_read[i]))
+        row["kl"] = {c: records.kl[i, j].tolist() for j, c in enumerate(CONDITIONS)}
+        row["kl_reverse"] = {c: records.kl_reverse[i, j].tolist() for j, c in enumerate(CONDITIONS[:2])}
+        lines.append(json.dumps(row) + "\n")
+    return "".join(lines)
+
+
+def read_text(path: str) -> str:
+    """A text file's content. Raises InputError if there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            return f.read()
+    except OSError as error:
+        raise InputError(f"--text {path}: cannot be read ({error.strerror}); give a text file") from None
+
+
+def write_text(path: str, text: str):
+    """Write a file whole or not at all. Raises InputError where that is impossible."""
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+    try:
+        save_then_rename(write, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); give a place that can") from None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors as one line."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see python run.py --help")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Raises InputError for a wrong one."""
+    p = Parser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("command", choices=["replace", "train", "pretrain"])
+    p.add_argument("--model", help="gdn, mamba2, rwkv7 (default: all three), a folder, or a hub id such as Qwen/Qwen3.5-0.8B")
+    p.add_argument("--layer", help="a recurrent layer, from 0, or all (default: the second recurrent one)")
+    p.add_argument("--head", default="0", help="a head, from 0, or all (default 0)")
+    p.add_argument("--text", help="test on this text file instead of the held-out Python text")
+    p.add_argument("--passages", type=int, help="number of test passages (default 176)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--lr", type=float)
-    p.add_argument("--stop", type=int)
+    p.add_argument("--quick", action="store_true", help="the same code on a small sample, in seconds")
+    p.add_argument("--json", help="replace: write the results there")
+    p.add_argument("--records", help="replace: write one JSON line per tested position there")
+    p.add_argument("--sae", help="this SAE file instead of the one beside the model")
+    p.add_argument("--source", default="write", choices=["write", "state"], help="what the SAE codes (state: the paper's recipe)")
+    p.add_argument("--write", default="value", choices=["value", "delta"], help="the native write: k vᵀ, or all that a token adds")
+    p.add_argument("--scale", default="activation", choices=["activation", "norm", "least-squares"], help="size of the atom put in")
+    p.add_argument("--cosine-min", type=float, help="least cosine of a firing (default: as stored in the SAE)")
+    p.add_argument("--atoms", type=int, help="train: number of atoms")
+    p.add_argument("--k", type=int, help="train: active atoms per input")
+    p.add_argument("--metric", choices=["read", "frobenius"], help="train: what near means (default: read for writes, frobenius for states)")
+    p.add_argument("--encoder", default="tied", choices=["tied", "bilinear"])
+    p.add_argument("--steps", type=int, help="train: steps")
+    p.add_argument("--tokens", type=int, default=8_192_000, help="pretrain: training tokens in all")
+    p.add_argument("--out", default=os.path.join(HERE, "checkpoints"), help="pretrain: where the model's folder goes")
     args = p.parse_args(argv)
-    global PEAK_LR
-    if args.lr: PEAK_LR = args.lr
-    return pretrain(args)
+    args.models = [args.model] if args.model else list(EMBEDDED)
+    if args.passages is not None and args.passages < 1:
+        raise InputError(f"--passages {args.passages}: at least 1")
+    if args.command == "pretrain" and not set(args.models) <= set(EMBEDDED):
+        raise InputError(f"pretrain --model {args.model}: allowed are {', '.join(EMBEDDED)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0, or 2 after one line on stderr."""
+    try:
+        args = parse(argv)
+        return {"replace": replace, "train": train, "pretrain": pretrain}[args.command](args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,0 +1,547 @@
+"""WriteSAE: sparse autoencoders whose atoms are rank-1 matrices, and the test whether an atom can stand for a real write.
+
+A recurrent layer of Gated DeltaNet, Mamba-2 or RWKV-7 writes one rank-1 matrix k vᵀ per head and token (models.py). An atom of
+this SAE has the same shape, A_i = key_dir_i value_dir_iᵀ, so it can take a write's place in the model's memory:
+
+    sae = WriteSAE(n_atoms=1024, K=32, V=32)
+    fit_alternating(sae, k, v)                                         # k [N, K], v [N, V]: any writes, no model needed
+    records = replacement(model, sae, tokens, layer=1, head=0, positions=range(32, 96, 4))
+    figures = summary(records)
+
+Order of this file: matrices as factors - the SAE - its training - the replacement test - its figures.
+
+Reference: WriteSAE, arXiv 2605.12770 ("the paper"). States and writes are key first, [K, V], as in models.py.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import Edit, InputError, LanguageModel, StepInputs, recurrence_chunked, states
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Matrices as factors
+# ---------------------------------------------------------------------------------------------------------------------
+class Factored(NamedTuple):
+    """A matrix X = Σ_r keys_r values_rᵀ, kept as its factors: r = 1 for a write, K for a whole state, 1 + k for an SAE's residual.
+
+    Nothing here ever forms a write's K x V numbers: all products of two such matrices come from products of their factors.
+    """
+    keys: Tensor       # [..., r, K]
+    values: Tensor     # [..., r, V]
+
+    def __getitem__(self, index) -> Factored:
+        return Factored(self.keys[index], self.values[index])
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def write_of(k: Tensor, v: Tensor) -> Factored:
+    """The write k vᵀ: k [..., K], v [..., V] -> r = 1."""
+    return Factored(k.unsqueeze(-2), v.unsqueeze(-2))
+
+
+def matrix_of(X: Tensor) -> Factored:
+    """Any matrix X [..., K, V] = Σ_c unit_c X_cᵀ -> r = K."""
+    return Factored(torch.eye(X.shape[-2], device=X.device, dtype=X.dtype).expand(*X.shape[:-1], X.shape[-2]), X)
+
+
+def inner(X: Factored, Y: Factored) -> Tensor:
+    """⟨X, Y⟩ = Σ_rs (keys_r · keys'_s)(values_r · values'_s), so inner(X, X) = ‖X‖², the squared Frobenius norm. -> [...]"""
+    return ((X.keys @ Y.keys.mT) * (X.values @ Y.values.mT)).sum((-2, -1))
+
+
+def cosine(X: Factored, Y: Factored) -> Tensor:
+    """⟨X, Y⟩ / ‖X‖‖Y‖, 0 where one is zero. -> [...]"""
+    return inner(X, Y) / (inner(X, X) * inner(Y, Y)).sqrt().clamp_min(1e-30)
+
+
+def main_direction(X: Factored, steps: int = 4) -> tuple[Tensor, Tensor]:
+    """Unit vectors (key, value) near X's leading singular pair, by power iteration; exact for a write. -> [..., K], [..., V]"""
+    value = X.values.sum(-2)
+    for _ in range(steps):
+        key = F.normalize((X.keys * (X.values @ value.unsqueeze(-1))).sum(-2), dim=-1)
+        value = F.normalize((X.values * (X.keys @ key.unsqueeze(-1))).sum(-2), dim=-1)
+    return key, value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The sparse autoencoder
+# ---------------------------------------------------------------------------------------------------------------------
+class WriteSAE(nn.Module):
+    """A sparse autoencoder over K x V matrices X whose atoms are rank-1 matrices of unit norm (the paper's §3):
+
+        A_i = key_dir_i value_dir_iᵀ         a = TopK_k(relu(e_iᵀ X f_i))         X̂ = Σ_i a_i A_i
+
+    encoder "tied": (e_i, f_i) = (key_dir_i, value_dir_i), so a_i = ⟨A_i, X⟩, the atom's own least-squares coefficient.
+    encoder "bilinear": e_i and f_i are weights of their own (the paper's BilinearSAE).
+    There is no bias, so the SAE is homogeneous: twice the input, twice the coefficients.
+
+    Norms and products are ⟨X, Y⟩ = tr(M_k X M_v Yᵀ). The two metrics are identities (Frobenius) unless `set_metric` is given
+    others, such as `read_metric`'s, which weigh a direction of the state by how much the model's predictions heed it.
+
+    On a write X = k vᵀ a score is ⟨e_i, k⟩⟨f_i, v⟩: K + V products instead of K·V. cfg (model, cell, source, metrics, ...) is
+    saved with the weights; `WriteSAE.load(path)` needs nothing else. Raises InputError for an unknown encoder.
+    """
+
+    def __init__(self, n_atoms: int, K: int, V: int, k: int = 1, encoder: str = "tied", **cfg):
+        super().__init__()
+        if encoder not in ("tied", "bilinear"):
+            raise InputError(f"encoder {encoder!r}: allowed are tied, bilinear")
+        if not 1 <= k <= n_atoms:
+            raise InputError(f"k = {k} active atoms of {n_atoms}: allowed is 1..{n_atoms}")
+        self.cfg = dict(n_atoms=n_atoms, K=K, V=V, k=k, encoder=encoder, **cfg)
+        self.n_atoms, self.k, self.encoder = n_atoms, k, encoder
+        self.register_buffer("metric_k", torch.eye(K))
+        self.register_buffer("metric_v", torch.eye(V))
+        self.key_dir = nn.Parameter(torch.full((n_atoms, K), K ** -0.5))
+        self.value_dir = nn.Parameter(torch.full((n_atoms, V), V ** -0.5))
+        if encoder == "bilinear":
+            self.enc_key = nn.Parameter(self.key_dir.detach().clone())
+            self.enc_value = nn.Parameter(self.value_dir.detach().clone())
+
+    @torch.no_grad()
+    def set_metric(self, metric_k: Tensor, metric_v: Tensor):
+        """Measure in these metrics from now on: symmetric positive definite, [K, K] and [V, V]. Atoms are normalised anew."""
+        self.metric_k.copy_(metric_k)
+        self.metric_v.copy_(metric_v)
+        self.normalise()
+
+    def unit(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k [..., K] and v [..., V], each brought to unit length in its metric: √(kᵀ M_k k) = 1."""
+        length = lambda x, M: ((x @ M) * x).sum(-1, keepdim=True).clamp_min(1e-30).sqrt()
+        return k / length(k, self.metric_k), v / length(v, self.metric_v)
+
+    def measured(self, X: Factored) -> Factored:
+        """M_k X M_v, so that inner(X, measured(Y)) is ⟨X, Y⟩ in the metrics."""
+        return Factored(X.keys @ self.metric_k, X.values @ self.metric_v)
+
+    @torch.no_grad()
+    def place(self, which: Tensor, X: Factored):
+        """Put the atoms `which` (indices) at the main directions of the matrices X, one each, unit norm, encoder included."""
+        self.key_dir[which], self.value_dir[which] = self.unit(*main_direction(X))
+        if self.encoder == "bilinear":
+            self.enc_key[which], self.enc_value[which] = self.key_dir[which], self.value_dir[which]
+
+    @torch.no_grad()
+    def normalise(self):
+        """Bring every atom back to unit norm."""
+        key_dir, value_dir = self.unit(self.key_dir, self.value_dir)
+        self.key_dir.copy_(key_dir)
+        self.value_dir.copy_(value_dir)
+
+    def scores(self, X: Factored) -> Tensor:
+        """⟨e_i f_iᵀ, X⟩ = Σ_r ⟨e_i, keys_r⟩⟨f_i, values_r⟩ for every atom. -> [..., n_atoms]"""
+        e, f = (self.key_dir, self.value_dir) if self.encoder == "tied" else (self.enc_key, self.enc_value)
+        return ((X.keys @ (e @ self.metric_k).T) * (X.values @ (f @ self.metric_v).T)).sum(-2)
+
+    def encode(self, X: Factored) -> tuple[Tensor, Tensor]:
+        """The active atoms, largest coefficient first: index [..., k], a [..., k] ≥ 0. The first one is the *dominant* atom."""
+        a, index = self.scores(X).topk(self.k)
+        return index, a.relu()
+
+    def decode(self, index: Tensor, a: Tensor) -> Factored:
+        """X̂ = Σ a_i A_i over the active atoms: index, a [..., k] -> r = k."""
+        return Factored(self.key_dir[index], a.unsqueeze(-1) * self.value_dir[index])
+
+    def residual(self, X: Factored, index: Tensor, a: Tensor) -> Factored:
+        """X − X̂ -> r + k factors. Its `energy` is the loss: ‖X‖² − 2 Σ a_i ⟨A_i, X⟩ + Σ_ij a_i a_j ⟨A_i, A_j⟩."""
+        X_hat = self.decode(index, a)
+        return Factored(torch.cat([X.keys, X_hat.keys], -2), torch.cat([X.values, -X_hat.values], -2))
+
+    def energy(self, X: Factored) -> Tensor:
+        """‖X‖² in the metrics. -> [...]"""
+        return inner(X, self.measured(X))
+
+    def forward(self, X: Factored) -> tuple[Factored, Tensor, Tensor]:
+        """The residual X − X̂, and the active atoms with their coefficients."""
+        index, a = self.encode(X)
+        return self.residual(X, index, a), index, a
+
+    def save(self, path: str):
+        """Directions (fp16: three digits), metrics and cfg, in one safetensors file."""
+        from safetensors.torch import save_file
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        save_file({name: x if name.startswith("metric") else x.half() for name, x in tensors.items()}, path + ".part",
+                  metadata={"cfg": json.dumps(self.cfg)})
+        os.replace(path + ".part", path)
+
+    @classmethod
+    def load(cls, path: str) -> WriteSAE:
+        """The SAE that `save` wrote. Raises InputError for a file that holds none."""
+        from safetensors import SafetensorError, safe_open
+        try:
+            with safe_open(path, "pt") as f:
+                sae = cls(**json.loads(f.metadata()["cfg"]))
+                sae.load_state_dict({name: f.get_tensor(name).float() for name in f.keys()})
+        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            raise InputError(f"{path} holds no WriteSAE ({error}); train one: python run.py train --help") from None
+        sae.normalise()
+        return sae.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Training
+# ---------------------------------------------------------------------------------------------------------------------
+def best_atom(sae: WriteSAE, X: Factored, rows: int = 128) -> tuple[Tensor, Tensor]:
+    """Each input's largest score and the atom that has it, [N] and [N], computed a block of rows at a time."""
+    blocks = [sae.scores(X[i:i + rows]).max(-1) for i in range(0, len(X), rows)]
+    return torch.cat([b.values for b in blocks]), torch.cat([b.indices for b in blocks])
+
+
+@torch.no_grad()
+def fit_alternating(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Generator, steps: int = 24, sample: int = 100_000,
+                    memory: float = 0.75, progress=iter) -> list[float]:
+    """Code each write by one atom, with closed-form updates: k-means whose centres are rank-1 directions.
+
+    With one active atom, tied, the SAE's loss on a unit-norm write is ‖X − aA‖² = 1 − a². So each step draws `sample` writes and
+        1. assigns each to the atom with the largest a = ⟨key_dir, k⟩⟨value_dir, v⟩ (products in the SAE's metrics);
+        2. turns key_dir to Σ a ⟨value_dir, v⟩ k over the atom's writes, then value_dir to Σ a ⟨key_dir, k⟩ v: one round of
+           power iteration, each side in closed form with the other held. The sums keep `memory` of what they held before, so
+           that an atom rests on more writes than one step's;
+        3. restarts atoms without a write at the writes that are coded worst.
+    The family is known as gain-shape vector quantisation, and as sum-of-outer-products dictionary learning.
+
+    k [N, K], v [N, V]. Trains sae (tied encoder) in place; returns the share of energy explained, mean a², of every step.
+    """
+    draw = lambda n: torch.randint(len(k), (n,), generator=generator).to(k.device)
+    first = draw(sae.n_atoms)
+    sae.place(torch.arange(sae.n_atoms), write_of(k[first], v[first]))
+    key_sum, value_sum, count = torch.zeros_like(sae.key_dir), torch.zeros_like(sae.value_dir), torch.zeros_like(sae.key_dir[:, :1])
+    history = []
+    for _ in progress(range(steps)):
+        pick = draw(sample)
+        x, y = sae.unit(k[pick], v[pick])
+        a, atom = best_atom(sae, write_of(x, y))
+        gather = lambda total, rows: total.mul_(memory).index_add_(0, atom, rows)
+        used = gather(count, torch.ones_like(a[:, None])).squeeze(-1) > 0.5
+        weight = a * ((y @ sae.metric_v) * sae.value_dir[atom]).sum(-1)
+        sae.key_dir[used] = gather(key_sum, weight[:, None] * x)[used]
+        sae.normalise()
+        weight = a * ((x @ sae.metric_k) * sae.key_dir[atom]).sum(-1)
+        sae.value_dir[used] = gather(value_sum, weight[:, None] * y)[used]
+        sae.normalise()
+        unused = (~used).nonzero().squeeze(-1)
+        worst = a.argsort()[:len(unused)]
+        sae.place(unused, write_of(x[worst], y[worst]))
+        for total in (key_sum, value_sum, count):
+            total[unused] = 0
+        history.append(a.square().mean().item())
+    return history
+
+
+def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: int = 2000, batch: int = 1024, lr: float = 3e-3,
+                 dead_after: int = 100_000, k_aux: int = 64, progress=iter) -> list[float]:
+    """Adam on the reconstruction error ‖X − X̂‖² / mean ‖X‖², for any k, encoder and source.
+
+    An atom is dead once `dead_after` samples passed without it. Dead atoms get the auxiliary loss of arXiv 2406.04093: the
+    k_aux best of them explain the residual, at 1/32 of the weight; four times in a run the dead restart at badly coded inputs.
+    X: N matrices as factors. Trains sae in place; returns the unexplained share of energy (FVU without a mean) per step.
+    """
+    draw = lambda n: X[torch.randint(len(X), (n,), generator=generator).to(X.keys.device)]
+    sae.place(torch.arange(sae.n_atoms), draw(sae.n_atoms))
+    sae.requires_grad_(True)
+    optimiser = torch.optim.Adam(sae.parameters(), lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(1, (i + 1) / 50) * (0.1 + 0.9 * (1 - i / steps)))
+    silent = torch.zeros(sae.n_atoms, device=X.keys.device)
+    history = []
+    for step in progress(range(steps)):
+        x = draw(batch)
+        energy = sae.energy(x).mean()
+        R, index, a = sae(x)
+        loss = fvu = sae.energy(R).mean() / energy
+        silent += batch
+        silent[index[a > 0]] = 0
+        dead = (silent > dead_after).nonzero().squeeze(-1)
+        if len(dead):
+            score, best = sae.scores(R)[:, dead].topk(min(k_aux, len(dead)))
+            R2 = sae.residual(R, dead[best], score.relu())
+            loss = loss + sae.energy(R2).mean() / energy / 32
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        sae.normalise()
+        if len(dead) and (step + 1) % (steps // 5) == 0 and step + 1 < steps:
+            R = Factored(*(side.detach() for side in R))
+            worst = sae.energy(R).argsort(descending=True)[:len(dead)]
+            sae.place(dead[:len(worst)], R[worst])
+            silent[dead[:len(worst)]] = 0
+        history.append(fvu.item())
+    sae.requires_grad_(False)
+    return history
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The replacement test
+# ---------------------------------------------------------------------------------------------------------------------
+HORIZONS = 11                                                        # effects are read at the write's own step and ten after it
+CONDITIONS = ("atom", "delete", "random", "projected", "native")     # what stands in the state where the native write stood
+
+
+def native_write(s: StepInputs, definition: str = "value") -> tuple[Tensor, Tensor]:
+    """The two factors of what each token writes: k [B, T, H, K] and v [B, T, H, V]. s: the six tensors from a text's start.
+
+    "value": k vᵀ as in the recurrence (in Gated DeltaNet β k vᵀ). "delta": all that the token adds to the decayed state,
+        k vᵀ − erase_out (S_{t-1}ᵀ erase_in)ᵀ
+    which is rank 1 where erase_out is a multiple of k: in Gated DeltaNet (k times β(v − α S_{t-1}ᵀ k)), and trivially in Mamba-2.
+    Raises InputError for "delta" in RWKV-7, where it has rank 2.
+    """
+    if definition not in ("value", "delta"):
+        raise InputError(f"write {definition!r}: allowed are value, delta")
+    if definition == "value" or s.erase_in is None:
+        return s.k, s.v
+    multiple = (s.erase_out * s.k).sum(-1, keepdim=True) / s.k.square().sum(-1, keepdim=True)
+    if not torch.allclose(multiple * s.k, s.erase_out, atol=1e-4):
+        raise InputError("write delta: this model erases along another direction than it writes (RWKV-7), so the change has rank 2; "
+                         "take --write value")
+    ahead = F.pad(s.erase_in[:, 1:], (0, 0, 0, 0, 0, 1))             # what token t+1 looks up, read at the end of step t
+    found, _ = recurrence_chunked(s._replace(q=ahead))
+    return s.k, s.v - multiple * F.pad(found[:, :-1], (0, 0, 0, 0, 1, 0))
+
+
+@torch.inference_mode()
+def collect(model: LanguageModel, tokens: Tensor, layer: int, head: int, write: str = "value", source: str = "write",
+            progress=iter, every: int = 16) -> Factored:
+    """What a head writes over a text, to train on: all its native writes, or with source "state" every 16th of its states.
+
+    tokens [n, T], run in batches of 16 up to the layer and no further. Returns N matrices as factors.
+    """
+    parts = []
+    for batch in progress(tokens.split(16)):
+        stream, _ = model.run(model.embed(batch), last=layer)
+        s = model.step_inputs(stream, layer).slice(slice(None), slice(head, head + 1))
+        if source == "write":
+            k, v = native_write(s, write)
+            parts.append(write_of(k.flatten(0, 2), v.flatten(0, 2)))
+        else:
+            parts.append(matrix_of(states(s)[:, every - 1::every].flatten(0, 2)))      # neighbours are nearly the same
+    return Factored(*(torch.cat(side).clone() for side in zip(*parts)))
+
+
+def read_metric(model: LanguageModel, tokens: Tensor, layer: int, head: int, positions, generator: torch.Generator, ridge: float = 0.1,
+                progress=iter) -> tuple[Tensor, Tensor]:
+    """How much the model's next eleven predictions heed each direction of a head's state: M_k [K, K] and M_v [V, V].
+
+    To second order the headline of the replacement test is a quadratic form in the change δS of the state,
+
+        KL@0..10 = ½ ⟨δS, F δS⟩,    F = E[G Gᵀ] over vec(G),    G = ∂/∂S_t Σ_h log p(sampled token at t+h)     [K, V]
+
+    F is the Fisher information. It is approximated by a Kronecker product (as in K-FAC and Shampoo): M_k ∝ E[G Gᵀ] over the keys'
+    side, M_v ∝ E[Gᵀ G] over the values', each scaled to mean eigenvalue 1 and mixed with `ridge` of the identity.
+    G comes from one backward pass: K edits at t with the unit keys and zero values, whose gradients are the rows of G.
+    """
+    K, V = model.layers[layer].mixer.K, model.layers[layer].mixer.V
+    P = len(tokens)
+    M_k, M_v = torch.zeros(K, K, device=tokens.device), torch.zeros(V, V, device=tokens.device)
+    with torch.no_grad():
+        stream, _ = model.run(model.embed(tokens), last=layer)
+    cache, done = model.empty_cache(P), 0
+    for t in progress(list(positions)):
+        with torch.no_grad():
+            _, cache = model.run(stream.slice(slice(done, t)), cache, first=layer)
+        rows = torch.zeros(K, P, V, device=tokens.device, requires_grad=True)
+        edits = [Edit(layer, head, t, key, row) for key, row in zip(torch.eye(K, device=tokens.device), rows)]
+        after, _ = model.run(stream.slice(slice(t, t + HORIZONS)), cache, edits, first=layer)
+        logp = model.unembed(after).float().log_softmax(-1)
+        drawn = torch.multinomial(logp.detach().exp().flatten(0, 1).cpu(), 1, generator=generator).to(logp.device).view(P, HORIZONS, 1)
+        G, = torch.autograd.grad(logp.gather(-1, drawn).sum(), rows)                # [K, P, V]
+        M_k += torch.einsum("kpv,lpv->kl", G, G)
+        M_v += torch.einsum("kpv,kpw->vw", G, G)
+        done = t
+    mix = lambda M: M / M.diagonal().mean() + ridge * torch.eye(len(M), device=M.device)
+    return mix(M_k), mix(M_v)
+
+
+class Records(NamedTuple):
+    """One row per tested position, N rows in all. KL in nats, per condition (in CONDITIONS' order) and horizon."""
+    passage: Tensor             # [N]
+    position: Tensor            # [N]
+    atom: Tensor                # [N] the dominant atom
+    coefficient: Tensor         # [N] its coefficient a, before --scale
+    cosine: Tensor              # [N] between the atom and the native write (Frobenius): its square is the share of energy explained
+    cosine_read: Tensor         # [N] the same in the SAE's metrics
+    kl: Tensor                  # [N, 5, 11] KL(base ‖ patched)
+    kl_reverse: Tensor          # [N, 2, 11] KL(patched ‖ base), of atom and delete
+    state_difference: Tensor    # [N, 11] ‖S_patched − S‖ / ‖S‖ of the edited head, the atom in the write's place
+
+
+def replacements(sae: WriteSAE, k: Tensor, v: Tensor, atom: Tensor, a: Tensor, scale: str, generator: torch.Generator):
+    """What each condition puts where the native write k vᵀ was: factors [5, N, K] and [5, N, V], in CONDITIONS' order.
+
+    atom       a A               a: the activation, or by `scale` the write's norm, or the least-squares ⟨A, k vᵀ⟩
+    delete     nothing
+    random     a A_j             another atom of the dictionary, same coefficient
+    projected  ⟨R, k vᵀ⟩ R       a random rank-1 direction R at its own least-squares coefficient: always nearer to the write than
+                                 nothing is, and yet no stand-in for it; a win rate means something only above this one's
+    native     k vᵀ              the write itself put back: the noise floor
+    k [N, K], v [N, V], atom [N], a [N].
+    """
+    key, value = sae.key_dir[atom], sae.value_dir[atom]
+    W, A = write_of(k, v), write_of(key, value)
+    if scale not in ("activation", "norm", "least-squares"):
+        raise InputError(f"scale {scale!r}: allowed are activation, norm, least-squares")
+    if scale != "activation":
+        a = (inner(W, W) / inner(A, A)).sqrt() if scale == "norm" else inner(W, A) / inner(A, A)
+    a = a.unsqueeze(-1)
+    other = (atom + torch.randint(1, sae.n_atoms, atom.shape, generator=generator).to(atom.device)) % sae.n_atoms
+    direction = lambda x: F.normalize(torch.randn(x.shape, generator=generator), dim=-1).to(x)
+    r, s = direction(k), direction(v)
+    projected = ((r * k).sum(-1) * (s * v).sum(-1)).unsqueeze(-1)
+    return (torch.stack([key, k, sae.key_dir[other], r, k]),
+            torch.stack([a * value, 0 * v, a * sae.value_dir[other], projected * s, v]))
+
+
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats from log-probabilities [..., vocab] -> [...].
+
+    Σ p (e^d − 1 − d) with d = log q − log p. The added Σ p (e^d − 1) = Σ q − Σ p is zero, but now every term is ≥ 0 and of second
+    order in d, so that an effect of 1e-9 nats is still read in fp32, where Σ p (log p − log q) ends at 1e-7.
+    """
+    d = q - p
+    return (p.exp() * (d.expm1() - d)).sum(-1)
+
+
+@torch.inference_mode()
+def replacement(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions, generator: torch.Generator,
+                write: str = "value", source: str = "write", scale: str = "activation", progress=iter) -> Records:
+    """Put an atom where a native write was, and see how far the model's predictions move over the next ten tokens.
+
+    At each position t of `positions` (increasing, at least one, ten tokens left after the last) and in every passage:
+        the SAE codes the write of (layer, head), or with source "state" the state after it; its dominant atom is A, with a > 0;
+        for each condition a branch runs t..t+10 with the state's write exchanged: S_t − k vᵀ + replacement;
+        KL(base ‖ branch) at each of the eleven steps.
+    The exchange is two rank-1 edits (models.Edit), so a branch needs only the layers from `layer` up, the tokens from t on, and
+    the native cache before t; the five branches of all passages run as one batch.
+
+    tokens [P, T]. Returns P x len(positions) rows. Raises InputError for a cell that is none, or text that is too short.
+    """
+    model.check_cell(layer, head)
+    P, T = tokens.shape
+    positions = list(positions)
+    if not positions or positions[0] < 1 or positions[-1] + HORIZONS > T:
+        raise InputError(f"positions {positions[:1]}..{positions[-1:]} do not fit passages of {T} tokens: the last needs {HORIZONS - 1} after it")
+    stream, _ = model.run(model.embed(tokens), last=layer)                      # below the edited layer: once
+    s = model.step_inputs(stream, layer).slice(slice(None), slice(head, head + 1))
+    k, v = (x[:, :, 0] for x in native_write(s, write))                         # [P, T, K], [P, T, V]
+    S = states(s)[:, :, 0]                                                      # [P, T, K, V]
+    seen = write_of(k, v) if source == "write" else matrix_of(S)
+    base = model.unembed(model.run(stream, first=layer)[0]).float().log_softmax(-1)
+    cache, done, rows = model.empty_cache(P), 0, []
+    for t in progress(positions):
+        _, cache = model.run(stream.slice(slice(done, t)), cache, first=layer)  # native, up to the token before t
+        done, window = t, slice(t, t + HORIZONS)
+        index, a = sae.encode(seen[:, t])
+        atom, a = index[:, 0], a[:, 0]
+        keys, values = replacements(sae, k[:, t], v[:, t], atom, a, scale, generator)
+
+        every = torch.arange(P, device=tokens.device).repeat(len(CONDITIONS))   # the branches: condition-major
+        edits = [Edit(layer, head, t, -k[every, t], v[every, t]), Edit(layer, head, t, keys.flatten(0, 1), values.flatten(0, 1))]
+        after, _ = model.run(stream.slice(window, every), cache.rows(every), edits, first=layer)
+        patched = model.unembed(after).float().log_softmax(-1).unflatten(0, (len(CONDITIONS), P))   # [5, P, 11, vocab]
+
+        native = base[:, window].expand_as(patched)
+        change = keys[0, :, :, None] * values[0, :, None] - k[:, t, :, None] * v[:, t, None]     # aA − k vᵀ, [P, K, V]
+        later = s.slice(slice(t + 1, t + HORIZONS))
+        moved = states(later._replace(k=torch.zeros_like(later.k)), change.unsqueeze(1))[:, :, 0]    # A_s ... A_{t+1} (aA − k vᵀ)
+        moved = torch.cat([change.unsqueeze(1), moved], 1)                      # [P, 11, K, V]
+        W, A = write_of(k[:, t], v[:, t]), write_of(keys[0], values[0])
+        cosine_read = inner(A, sae.measured(W)) / (sae.energy(A) * sae.energy(W)).sqrt().clamp_min(1e-30)
+        rows.append(Records(
+            passage=torch.arange(P), position=torch.full((P,), t), atom=atom.cpu(), coefficient=a.cpu(), cosine=cosine(A, W).cpu(), cosine_read=cosine_read.cpu(),
+            kl=kl_divergence(native, patched).transpose(0, 1).cpu(), kl_reverse=kl_divergence(patched[:2], native[:2]).transpose(0, 1).cpu(),
+            state_difference=(moved.norm(dim=(-2, -1)) / S[:, window].norm(dim=(-2, -1))).cpu()))
+    return Records(*map(torch.cat, zip(*rows)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Its figures
+# ---------------------------------------------------------------------------------------------------------------------
+def wilson(wins: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson 95 % interval of a rate, for n independent trials."""
+    if n == 0:
+        return math.nan, math.nan
+    p, z2 = wins / n, z * z
+    middle, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+
+
+def cluster_bootstrap(values: Tensor, cluster: Tensor, generator: torch.Generator, draws: int = 1000) -> tuple[float, float]:
+    """95 % interval of the mean of values [N] when whole clusters [N] (all firings of an atom, of a passage) are drawn again."""
+    if len(values) == 0:
+        return math.nan, math.nan
+    _, group = cluster.unique(return_inverse=True)
+    n = int(group.max()) + 1
+    total = torch.zeros(n).index_add_(0, group, values.float())
+    count = torch.bincount(group, minlength=n).float()
+    pick = torch.randint(n, (draws, n), generator=generator)
+    means = total[pick].sum(1) / count[pick].sum(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+def effect(records: Records, condition: str) -> Tensor:
+    """kl@0..10: a condition's KL(base ‖ patched), summed over the write's step and the ten after it, in nats. [N]"""
+    return records.kl[:, CONDITIONS.index(condition)].double().sum(-1)
+
+
+def rates(atom: Tensor, delete: Tensor) -> dict[str, float]:
+    """Of one effect (lower is better for `atom`), n rows each:
+
+    win_rate: share of rows with KL_atom < KL_delete (0.5 = the atom is as good as nothing).
+    recovered_pooled: 1 − ΣKL_atom / ΣKL_delete (1 = the write is restored, 0 = no better than nothing, < 0 = worse).
+    recovered_median: the median of 1 − KL_atom / KL_delete.
+    """
+    if len(atom) == 0:
+        return dict(win_rate=math.nan, recovered_pooled=math.nan, recovered_median=math.nan)
+    return dict(win_rate=(atom < delete).double().mean().item(), recovered_pooled=(1 - atom.sum() / delete.sum()).item(),
+                recovered_median=(1 - atom / delete.clamp_min(1e-30)).median().item())
+
+
+def summary(records: Records, cosine_min: float, generator: torch.Generator) -> dict:
+    """The test's figures. A firing is a row where the atom has a > 0 and a cosine of at least cosine_min with the write.
+
+    Unless a name says otherwise they are about kl@0..10 at firings; "_all" is over every row, firing or not. coverage: the share of rows with a firing; a rate can be bought with silence, see by_coverage.
+    """
+    fires = (records.coefficient > 0) & (records.cosine >= cosine_min)
+    at = Records(*(x[fires] for x in records))
+    kl = {name: effect(at, name) for name in CONDITIONS}
+    wins = kl["atom"] < kl["delete"]
+    every = rates(effect(records, "atom"), effect(records, "delete"))
+    n = len(wins)
+    atoms, group = at.atom.unique(return_inverse=True)
+    per_atom = torch.zeros(len(atoms)).index_add_(0, group, wins.float()) / torch.bincount(group, minlength=len(atoms))
+    quartile = (kl["delete"].argsort().argsort() * 4).div(max(n, 1), rounding_mode="floor")
+    reverse = at.kl_reverse.double().sum(-1)
+    horizon = lambda h: rates(at.kl[:, 0, h].double(), at.kl[:, 1, h].double())
+
+    def by_coverage(threshold: float, cosine: Tensor) -> dict:
+        chosen = (records.coefficient > 0) & (cosine >= threshold)
+        r = rates(effect(records, "atom")[chosen], effect(records, "delete")[chosen])
+        return dict(cosine_min=threshold, coverage=chosen.double().mean().item(), win_rate=r["win_rate"], recovered_pooled=r["recovered_pooled"])
+
+    return dict(
+        n_positions=len(fires), n_firings=n, n_atoms=len(atoms), n_passages=len(at.passage.unique()), coverage=fires.double().mean().item(),
+        **rates(kl["atom"], kl["delete"]), win_ci95=wilson(int(wins.sum()), n),
+        win_ci95_by_atom=cluster_bootstrap(wins, at.atom, generator), win_ci95_by_passage=cluster_bootstrap(wins, at.passage, generator),
+        per_atom_win_rate=per_atom.mean().item(),
+        strict_order_rate=(wins & (kl["delete"] < kl["random"])).double().mean().item(),
+        median_kl={name: x.median().item() if n else math.nan for name, x in kl.items()},
+        projected_win_rate=(kl["projected"] < kl["delete"]).double().mean().item(),
+        projected_recovered=rates(kl["projected"], kl["delete"])["recovered_pooled"],
+        win_rate_reverse_kl=(reverse[:, 0] < reverse[:, 1]).double().mean().item(),
+        win_rate_all=every["win_rate"], recovered_pooled_all=every["recovered_pooled"], recovered_median_all=every["recovered_median"],
+        by_horizon=[dict(horizon=h, win_rate=horizon(h)["win_rate"], recovered_pooled=horizon(h)["recovered_pooled"],
+                         state_difference=at.state_difference[:, h].mean().item()) for h in range(HORIZONS)],
+        by_coverage=[by_coverage(c, records.cosine) for c in (-1.0, 0.3, 0.4, 0.5, 0.6, 0.71, 0.8, 0.9)],
+        by_coverage_read=[by_coverage(c, records.cosine_read) for c in (-1.0, 0.5, 0.6, 0.71, 0.8, 0.9, 0.95)],
+        failure_by_quartile=[(~wins[quartile == i]).double().mean().item() for i in range(4)])
