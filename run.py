@@ -379,22 +379,25 @@ def replace(args) -> int:
         for layer, head in pairs:
             sae = find_sae(model, layer, head, args)
             began, generator = time.time(), torch.Generator().manual_seed(args.seed)
+            source, write = sae.cfg["source"], sae.cfg["write"]                           # the test codes what the SAE was trained on
             say(f"replace {name} L{layer}H{head} ({'default: second recurrent layer, head 0' if args.layer is None else 'as asked'}), "
                 f"{n} passages x {len(positions)} positions of {'--text' if args.text else 'held-out text'}, {sae.n_atoms:,} atoms, "
-                f"write {args.write}, scale {args.scale}, {model.device}, fp32, seed {args.seed}")
+                f"source {source}, write {write}, scale {args.scale}, {model.device}, fp32, seed {args.seed}")
             batch = max(1, 6_000_000 // (len(CONDITIONS) * HORIZONS * model.vocab))      # passages at once: some 24 MB of logits
-            parts = [writesae.replacement(model, sae, part, layer, head, positions, generator, args.write, args.source, args.scale,
+            parts = [writesae.replacement(model, sae, part, layer, head, positions, generator, write, source, args.scale,
                                           progress(f"replace {name}")) for part in tokens.split(batch)]
             first = [0, *torch.tensor([len(part) for part in tokens.split(batch)]).cumsum(0).tolist()]
             parts = [r._replace(passage=r.passage + i) for r, i in zip(parts, first)]
             records = Records(*map(torch.cat, zip(*parts)))
             cosine_min = args.cosine_min if args.cosine_min is not None else sae.cfg["cosine_min"]
-            results.append(dict(model=name, layer=layer, head=head, source=args.source, scale=args.scale, write=args.write,
+            results.append(dict(model=name, layer=layer, head=head, source=source, scale=args.scale, write=write, sae=sae.cfg,
                                 cosine_min=cosine_min, **writesae.summary(records, cosine_min, generator), seconds=round(time.time() - began, 1)))
             all_records.append((name, layer, head, records))
     print_replace(results)
     if args.json:
         write_text(args.json, json.dumps(results, indent=1))
+    if args.plot:
+        plot_replace(results, args.plot)
     if args.records:
         write_text(args.records, "".join(record_lines(*entry) for entry in all_records))
     return 0
@@ -428,6 +431,27 @@ def print_replace(results: list[dict]):
     print("\nn: firings. cover: their share of all tested positions. win: KL(atom) < KL(delete). recovered: 1 − ΣKL(atom)/ΣKL(delete) (the paper's: from\n"
           "its medians). projected: the same rate for a random rank-1 direction at its own best coefficient (50 = means nothing). order: atom < delete <\n"
           "random atom. all: every tested position. noise: median KL with the write itself put back.")
+
+
+def plot_replace(results: list[dict], path: str):
+    """Three panels, a line per cell: win rate and recovered fraction by horizon, and win rate against coverage."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
+    for r in results:
+        label, horizons = f"{r['model']} L{r['layer']}H{r['head']}", [h["horizon"] for h in r["by_horizon"]]
+        line, = axes[0].plot(horizons, [h["win_rate"] for h in r["by_horizon"]], marker="o", label=label)
+        axes[0].axhline(r["win_rate"], color=line.get_color(), linestyle=":")
+        axes[1].plot(horizons, [h["recovered_pooled"] for h in r["by_horizon"]], marker="o", label=label)
+        axes[1].axhline(r["recovered_pooled"], color=line.get_color(), linestyle=":")
+        axes[2].plot([c["coverage"] for c in r["by_coverage"]], [c["win_rate"] for c in r["by_coverage"]], marker="o", label=label)
+        axes[2].axhline(r["projected_win_rate"], color=line.get_color(), linestyle="--", linewidth=1)
+    axes[0].set(xlabel="tokens after the write", ylabel="win rate over deletion", title="at firings (dotted: kl@0..10)")
+    axes[1].set(xlabel="tokens after the write", ylabel="recovered fraction", title="at firings (dotted: kl@0..10)", ylim=(0, 1.02))
+    axes[2].set(xlabel="coverage: share of positions kept", ylabel="win rate, kl@0..10", title="the best-matched positions (dashed: projected)")
+    axes[1].legend()
+    save_then_rename(lambda temporary: figure.savefig(temporary, dpi=110, format="png"), path)
 
 
 def record_lines(name: str, layer: int, head: int, records: Records) -> str:
@@ -482,6 +506,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="the same code on a small sample, in seconds")
     p.add_argument("--json", help="replace: write the results there")
+    p.add_argument("--plot", help="replace: draw the figures into this PNG")
     p.add_argument("--records", help="replace: write one JSON line per tested position there")
     p.add_argument("--sae", help="this SAE file instead of the one beside the model")
     p.add_argument("--source", default="write", choices=["write", "state"], help="what the SAE codes (state: the paper's recipe)")
@@ -499,6 +524,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.models = [args.model] if args.model else list(EMBEDDED)
     if args.passages is not None and args.passages < 1:
         raise InputError(f"--passages {args.passages}: at least 1")
+    for path in filter(None, (args.json, args.records, args.plot)):
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise InputError(f"{path}: cannot be written, its folder does not exist; make it first")
     if args.command == "pretrain" and not set(args.models) <= set(EMBEDDED):
         raise InputError(f"pretrain --model {args.model}: allowed are {', '.join(EMBEDDED)}")
     return args

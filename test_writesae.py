@@ -542,6 +542,8 @@ def test_the_delta_write_is_all_that_a_token_adds(kind):
     S = states(s)
     before = F.pad(S[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
     torch.testing.assert_close(S - s.log_decay.exp().unsqueeze(-1) * before, k.unsqueeze(-1) * delta.unsqueeze(-2), atol=1e-5, rtol=1e-4)
+    _, tail = writesae.native_write(s.slice(slice(7, None)), "delta", S[:, 6])              # and from any state on
+    torch.testing.assert_close(tail, delta[:, 7:], atol=1e-5, rtol=1e-4)
     with pytest.raises(InputError, match="rank 2"):
         writesae.native_write(random_steps("rwkv7", 3), "delta")
 

@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import Edit, InputError, LanguageModel, StepInputs, recurrence_chunked, states
+from models import Cache, Edit, InputError, LanguageModel, StepInputs, Stream, propagate, recurrence_chunked, states
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,8 +288,8 @@ HORIZONS = 11                                                        # effects a
 CONDITIONS = ("atom", "delete", "random", "projected", "native")     # what stands in the state where the native write stood
 
 
-def native_write(s: StepInputs, definition: str = "value") -> tuple[Tensor, Tensor]:
-    """The two factors of what each token writes: k [B, T, H, K] and v [B, T, H, V]. s: the six tensors from a text's start.
+def native_write(s: StepInputs, definition: str = "value", state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The two factors of what each token writes: k [B, T, H, K] and v [B, T, H, V]. state: before s's first token, None for zeros.
 
     "value": k vᵀ as in the recurrence (in Gated DeltaNet β k vᵀ). "delta": all that the token adds to the decayed state,
         k vᵀ − erase_out (S_{t-1}ᵀ erase_in)ᵀ
@@ -305,8 +305,9 @@ def native_write(s: StepInputs, definition: str = "value") -> tuple[Tensor, Tens
         raise InputError("write delta: this model erases along another direction than it writes (RWKV-7), so the change has rank 2; "
                          "take --write value")
     ahead = F.pad(s.erase_in[:, 1:], (0, 0, 0, 0, 0, 1))             # what token t+1 looks up, read at the end of step t
-    found, _ = recurrence_chunked(s._replace(q=ahead))
-    return s.k, s.v - multiple * F.pad(found[:, :-1], (0, 0, 0, 0, 1, 0))
+    found, _ = recurrence_chunked(s._replace(q=ahead), state)
+    before = torch.zeros_like(found[:, :1]) if state is None else torch.einsum("bhkv,bhk->bhv", state, s.erase_in[:, 0])[:, None]
+    return s.k, s.v - multiple * torch.cat([before, found[:, :-1]], 1)
 
 
 @torch.inference_mode()
@@ -328,6 +329,37 @@ def collect(model: LanguageModel, tokens: Tensor, layer: int, head: int, write: 
     return Factored(*(torch.cat(side).clone() for side in zip(*parts)))
 
 
+class Point(NamedTuple):
+    """Where branches start: one position t of every passage of a batch, the window t..t+10, and what came before."""
+    t: int
+    stream: Stream          # at the edited layer's input, over the window
+    cache: Cache            # native, up to the token before t; only the layers from the edited one up are filled
+    s: StepInputs           # the six tensors of the edited head, H = 1, over the window
+    logits: Tensor          # [P, 11, vocab] native, from the whole passage in one pass
+
+
+def points(model: LanguageModel, tokens: Tensor, layer: int, head: int, positions, progress=iter):
+    """Yield a Point for each of the increasing positions. One native pass below the edited layer serves them all.
+
+    tokens [P, T]. Raises InputError for a cell that is none, and for a position without ten tokens after it.
+    """
+    model.check_cell(layer, head)
+    P, T = tokens.shape
+    positions = list(positions)
+    if not positions or positions[0] < 1 or positions[-1] + HORIZONS > T:
+        raise InputError(f"positions {positions[:1]}..{positions[-1:]} do not fit passages of {T} tokens: the last needs {HORIZONS - 1} after it")
+    with torch.no_grad():
+        stream, _ = model.run(model.embed(tokens), last=layer)
+        s = model.step_inputs(stream, layer).slice(slice(None), slice(head, head + 1))
+        logits = model.unembed(model.run(stream, first=layer)[0]).float()
+    cache, done = model.empty_cache(P), 0
+    for t in progress(positions):
+        with torch.no_grad():
+            _, cache = model.run(stream.slice(slice(done, t)), cache, first=layer)
+        done, window = t, slice(t, t + HORIZONS)
+        yield Point(t, stream.slice(window), cache, s.slice(window), logits[:, window])
+
+
 def read_metric(model: LanguageModel, tokens: Tensor, layer: int, head: int, positions, generator: torch.Generator, ridge: float = 0.1,
                 progress=iter) -> tuple[Tensor, Tensor]:
     """How much the model's next eleven predictions heed each direction of a head's state: M_k [K, K] and M_v [V, V].
@@ -340,24 +372,16 @@ def read_metric(model: LanguageModel, tokens: Tensor, layer: int, head: int, pos
     side, M_v ∝ E[Gᵀ G] over the values', each scaled to mean eigenvalue 1 and mixed with `ridge` of the identity.
     G comes from one backward pass: K edits at t with the unit keys and zero values, whose gradients are the rows of G.
     """
-    K, V = model.layers[layer].mixer.K, model.layers[layer].mixer.V
-    P = len(tokens)
+    K, V, P = model.layers[layer].mixer.K, model.layers[layer].mixer.V, len(tokens)
     M_k, M_v = torch.zeros(K, K, device=tokens.device), torch.zeros(V, V, device=tokens.device)
-    with torch.no_grad():
-        stream, _ = model.run(model.embed(tokens), last=layer)
-    cache, done = model.empty_cache(P), 0
-    for t in progress(list(positions)):
-        with torch.no_grad():
-            _, cache = model.run(stream.slice(slice(done, t)), cache, first=layer)
+    for p in points(model, tokens, layer, head, positions, progress):
         rows = torch.zeros(K, P, V, device=tokens.device, requires_grad=True)
-        edits = [Edit(layer, head, t, key, row) for key, row in zip(torch.eye(K, device=tokens.device), rows)]
-        after, _ = model.run(stream.slice(slice(t, t + HORIZONS)), cache, edits, first=layer)
-        logp = model.unembed(after).float().log_softmax(-1)
+        edits = [Edit(layer, head, p.t, key, row) for key, row in zip(torch.eye(K, device=tokens.device), rows)]
+        logp = model.unembed(model.run(p.stream, p.cache, edits, first=layer)[0]).float().log_softmax(-1)
         drawn = torch.multinomial(logp.detach().exp().flatten(0, 1).cpu(), 1, generator=generator).to(logp.device).view(P, HORIZONS, 1)
         G, = torch.autograd.grad(logp.gather(-1, drawn).sum(), rows)                # [K, P, V]
         M_k += torch.einsum("kpv,lpv->kl", G, G)
         M_v += torch.einsum("kpv,kpw->vw", G, G)
-        done = t
     mix = lambda M: M / M.diagonal().mean() + ridge * torch.eye(len(M), device=M.device)
     return mix(M_k), mix(M_v)
 
@@ -421,45 +445,37 @@ def replacement(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int,
         for each condition a branch runs t..t+10 with the state's write exchanged: S_t − k vᵀ + replacement;
         KL(base ‖ branch) at each of the eleven steps.
     The exchange is two rank-1 edits (models.Edit), so a branch needs only the layers from `layer` up, the tokens from t on, and
-    the native cache before t; the five branches of all passages run as one batch.
+    the native cache before t (`points`); the five branches of all passages run as one batch.
 
     tokens [P, T]. Returns P x len(positions) rows. Raises InputError for a cell that is none, or text that is too short.
     """
-    model.check_cell(layer, head)
-    P, T = tokens.shape
-    positions = list(positions)
-    if not positions or positions[0] < 1 or positions[-1] + HORIZONS > T:
-        raise InputError(f"positions {positions[:1]}..{positions[-1:]} do not fit passages of {T} tokens: the last needs {HORIZONS - 1} after it")
-    stream, _ = model.run(model.embed(tokens), last=layer)                      # below the edited layer: once
-    s = model.step_inputs(stream, layer).slice(slice(None), slice(head, head + 1))
-    k, v = (x[:, :, 0] for x in native_write(s, write))                         # [P, T, K], [P, T, V]
-    S = states(s)[:, :, 0]                                                      # [P, T, K, V]
-    seen = write_of(k, v) if source == "write" else matrix_of(S)
-    base = model.unembed(model.run(stream, first=layer)[0]).float().log_softmax(-1)
-    cache, done, rows = model.empty_cache(P), 0, []
-    for t in progress(positions):
-        _, cache = model.run(stream.slice(slice(done, t)), cache, first=layer)  # native, up to the token before t
-        done, window = t, slice(t, t + HORIZONS)
-        index, a = sae.encode(seen[:, t])
+    P = len(tokens)
+    every = torch.arange(P, device=tokens.device).repeat(len(CONDITIONS))       # the branches' passages, one condition after the other
+    rows = []
+    for p in points(model, tokens, layer, head, positions, progress):
+        before = p.cache.layers[layer]["state"][:, head:head + 1]
+        S = states(p.s, before)[:, :, 0]                                        # [P, 11, K, V] native
+        k_t, v_t = (x[:, 0, 0] for x in native_write(p.s.slice(slice(0, 1)), write, before))        # [P, K], [P, V]
+        W = write_of(k_t, v_t)
+        index, a = sae.encode(W if source == "write" else matrix_of(S[:, 0]))
         atom, a = index[:, 0], a[:, 0]
-        keys, values = replacements(sae, k[:, t], v[:, t], atom, a, scale, generator)
+        keys, values = replacements(sae, k_t, v_t, atom, a, scale, generator)   # [5, P, K], [5, P, V]
 
-        every = torch.arange(P, device=tokens.device).repeat(len(CONDITIONS))   # the branches: condition-major
-        edits = [Edit(layer, head, t, -k[every, t], v[every, t]), Edit(layer, head, t, keys.flatten(0, 1), values.flatten(0, 1))]
-        after, _ = model.run(stream.slice(window, every), cache.rows(every), edits, first=layer)
+        edits = [Edit(layer, head, p.t, -k_t[every], v_t[every]), Edit(layer, head, p.t, keys.flatten(0, 1), values.flatten(0, 1))]
+        after, _ = model.run(p.stream.slice(slice(None), every), p.cache.rows(every), edits, first=layer)
         patched = model.unembed(after).float().log_softmax(-1).unflatten(0, (len(CONDITIONS), P))   # [5, P, 11, vocab]
+        base = p.logits.log_softmax(-1).expand_as(patched)
 
-        native = base[:, window].expand_as(patched)
-        change = keys[0, :, :, None] * values[0, :, None] - k[:, t, :, None] * v[:, t, None]     # aA − k vᵀ, [P, K, V]
-        later = s.slice(slice(t + 1, t + HORIZONS))
-        moved = states(later._replace(k=torch.zeros_like(later.k)), change.unsqueeze(1))[:, :, 0]    # A_s ... A_{t+1} (aA − k vᵀ)
-        moved = torch.cat([change.unsqueeze(1), moved], 1)                      # [P, 11, K, V]
-        W, A = write_of(k[:, t], v[:, t]), write_of(keys[0], values[0])
-        cosine_read = inner(A, sae.measured(W)) / (sae.energy(A) * sae.energy(W)).sqrt().clamp_min(1e-30)
+        A = write_of(keys[0], values[0])
+        change = keys[0, :, :, None] * values[0, :, None] - k_t[:, :, None] * v_t[:, None]          # aA − k vᵀ, [P, K, V]
+        later = p.s.slice(slice(1, None))
+        moved = states(later._replace(k=torch.zeros_like(later.k)), change.unsqueeze(1))[:, :, 0]   # A_s ... A_{t+1} (aA − k vᵀ)
+        moved = torch.cat([change.unsqueeze(1), moved], 1)                                          # [P, 11, K, V]
         rows.append(Records(
-            passage=torch.arange(P), position=torch.full((P,), t), atom=atom.cpu(), coefficient=a.cpu(), cosine=cosine(A, W).cpu(), cosine_read=cosine_read.cpu(),
-            kl=kl_divergence(native, patched).transpose(0, 1).cpu(), kl_reverse=kl_divergence(patched[:2], native[:2]).transpose(0, 1).cpu(),
-            state_difference=(moved.norm(dim=(-2, -1)) / S[:, window].norm(dim=(-2, -1))).cpu()))
+            passage=torch.arange(P), position=torch.full((P,), p.t), atom=atom.cpu(), coefficient=a.cpu(), cosine=cosine(A, W).cpu(),
+            cosine_read=(inner(A, sae.measured(W)) / (sae.energy(A) * sae.energy(W)).sqrt().clamp_min(1e-30)).cpu(),
+            kl=kl_divergence(base, patched).transpose(0, 1).cpu(), kl_reverse=kl_divergence(patched[:2], base[:2]).transpose(0, 1).cpu(),
+            state_difference=(moved.norm(dim=(-2, -1)) / S.norm(dim=(-2, -1))).cpu()))
     return Records(*map(torch.cat, zip(*rows)))
 
 
@@ -545,3 +561,68 @@ def summary(records: Records, cosine_min: float, generator: torch.Generator) -> 
         by_coverage=[by_coverage(c, records.cosine) for c in (-1.0, 0.3, 0.4, 0.5, 0.6, 0.71, 0.8, 0.9)],
         by_coverage_read=[by_coverage(c, records.cosine_read) for c in (-1.0, 0.5, 0.6, 0.71, 0.8, 0.9, 0.95)],
         failure_by_quartile=[(~wins[quartile == i]).double().mean().item() for i in range(4)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The logit-change formula: a ladder from the paper's three factors to the exact second order
+# ---------------------------------------------------------------------------------------------------------------------
+#: name, order in the edit's size that the rung is exact to (0: not even the first), whether a scalar is fitted
+RUNGS = (("three factors", 0, False), ("three factors, fitted", 0, True), ("exact transition", 0, False), ("direct path", 0, False),
+         ("full Jacobian", 1, False), ("mean of two Jacobians", 2, False))
+
+
+def logit_ladder(model: LanguageModel, p: Point, layer: int, head: int, change: Factored, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Six predictions of how an edit of one head's state at t moves logits at t..t+10, and the measured change.
+
+    The edit adds δS = Σ_r keys_r values_rᵀ, so the head's read moves by δo_s = Σ_r (u_s · q_s) values_r (models.propagate).
+
+    1 three factors       u_s = (Π decay) keys: gates alone, no erase.  logit = ⟨W_U[tok], W_O δo⟩: no norm, no gate   (the paper)
+    2   ..., fitted       1 times one least-squares scalar per edit and token, over the eleven steps        (the paper's appendix)
+    3 exact transition    u_s = A_s u_{s-1}: what the erase term is worth
+    4 direct path         + the Jacobians of the head's norm and gate and of the final norm: what they are worth
+    5 full Jacobian       d/dε logit(S + ε δS) at ε = 0: + the path through the later layers.           exact to first order
+    6 mean of two         ½ (d/dε at 0 + d/dε at 1), the trapezoid rule for ∫ d/dε.                     exact to second order
+
+    change: keys [P, r, K], values [P, r, V]; targets [P, n] token ids. Returns predictions [6, P, 11, n], measured [P, 11, n].
+    """
+    block, unembedding = model.layers[layer], (model.embedding if model.head is None else model.head).weight
+    pick = lambda logits: logits.float().gather(-1, targets[:, None].expand(-1, HORIZONS, -1))
+    edits = lambda size: [Edit(layer, head, p.t, change.keys[:, r], size * change.values[:, r]) for r in range(change.keys.shape[1])]
+    logits = lambda size: pick(model.unembed(model.run(p.stream, p.cache, edits(size), first=layer)[0]))
+    jvp = lambda f, at, direction: torch.func.jvp(f, (at,), (direction,))[1]
+    reads = lambda s: sum(propagate(key, s)[0].unsqueeze(-1) * value.unsqueeze(1)
+                          for key, value in zip(change.keys.unbind(1), change.values.unbind(1)))                # δo [P, 11, V]
+
+    out = getattr(block.mixer, "o_proj", None) or block.mixer.out_proj
+    W_O = out.weight.unflatten(1, (block.mixer.heads, -1))[:, head]                                             # [D, V]
+    three_factors = lambda s: torch.einsum("pnd,dv,ptv->ptn", unembedding[targets].float(), W_O.float(), reads(s))
+    one = three_factors(p.s._replace(erase_in=None, erase_out=None))
+    measured = logits(1.0) - logits(0.0)
+    two = one * (one * measured).sum(1, keepdim=True) / one.square().sum(1, keepdim=True).clamp_min(1e-30)
+    three = three_factors(p.s)
+
+    s, rest, _ = block.mixer.inputs(block.norm1(p.stream.x), p.cache.layers[layer], p.stream.v_first)           # all heads
+    o, _ = recurrence_chunked(s, p.cache.layers[layer]["state"])
+    only = F.one_hot(torch.tensor(head), block.mixer.heads).to(o)[:, None]
+    delta_x = jvp(lambda o: block.mixer.output(o, s, rest), o, reads(p.s).unsqueeze(2) * only)                  # [P, 11, D]
+    last, _ = model.run(p.stream, p.cache, first=layer)
+    four = pick(jvp(lambda x: model.unembed(last._replace(x=x)), last.x, delta_x))
+
+    size = lambda value: torch.tensor(value, device=targets.device)
+    five = jvp(logits, size(0.0), size(1.0))
+    six = (five + jvp(logits, size(1.0), size(1.0))) / 2
+    return torch.stack([one, two, three, four, five, six]), measured
+
+
+def agreement(y: Tensor, y_hat: Tensor) -> dict[str, float]:
+    """How well y_hat predicts y, any shape, nothing fitted.
+
+    r2: 1 − Σ(y − ŷ)² / Σ(y − mean y)², about the line y = ŷ (1 is perfect, 0 no better than the mean, negative worse).
+    slope: of the least-squares line y = slope·ŷ (1 if sizes are right). pearson: correlation. sign_agreement: share of equal signs.
+    """
+    y, y_hat = y.double().flatten(), y_hat.double().flatten()
+    if len(y) < 2:
+        return dict(r2=math.nan, slope=math.nan, pearson=math.nan, sign_agreement=math.nan)
+    r2 = 1 - (y - y_hat).square().sum() / (y - y.mean()).square().sum()
+    return dict(r2=r2.item(), slope=((y * y_hat).sum() / y_hat.square().sum()).item(),
+                pearson=torch.corrcoef(torch.stack([y, y_hat]))[0, 1].item(), sign_agreement=(y.sign() == y_hat.sign()).double().mean().item())
