@@ -44,6 +44,11 @@ class InputError(ValueError):
     """Something the user can mend: the message says what was got, what is allowed and what to do, in one line."""
 
 
+def wide(x: Tensor) -> Tensor:
+    """fp32 at least: half precision is widened, fp32 and fp64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The recurrence
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,8 +249,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return (y * (self.offset + self.weight.float())).to(x.dtype)
+        y = wide(x) * torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + self.eps)
+        return (y * (self.offset + wide(self.weight))).to(x.dtype)
 
 
 class ConvWeights(nn.Module):
@@ -278,9 +283,14 @@ class GatedDeltaNet(nn.Module):
         self.norm = RMSNorm(V, eps)
         self.out_proj = nn.Linear(value_heads * V, width, bias=False)
 
+    @property
+    def out_weight(self) -> Tensor:
+        """The output map by heads, [D, H, V]."""
+        return self.out_proj.weight.unflatten(1, (self.heads, self.V))
+
     def empty_cache(self, B: int, like: Tensor) -> dict[str, Tensor]:
         """The cache before the first token."""
-        return {"state": like.new_zeros(B, self.heads, self.K, self.V, dtype=torch.float32),
+        return {"state": like.new_zeros(B, self.heads, self.K, self.V, dtype=wide(like[:0]).dtype),
                 "tail": like.new_zeros(B, self.conv1d.weight.shape[-1] - 1, self.channels)}
 
     def inputs(self, h: Tensor, cache: dict, v_first: Tensor | None = None):
@@ -288,19 +298,19 @@ class GatedDeltaNet(nn.Module):
         B, T, _ = h.shape
         qkv, tail = causal_conv(self.in_proj_qkv(h), cache["tail"], self.conv1d.weight)
         key_size = self.key_heads * self.K
-        q, k, v = qkv.float().split([key_size, key_size, self.heads * self.V], -1)
+        q, k, v = wide(qkv).split([key_size, key_size, self.heads * self.V], -1)
         unit = lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
         per_head = lambda x: unit(x.view(B, T, self.key_heads, self.K)).repeat_interleave(self.heads // self.key_heads, 2)
         q, k, v = per_head(q) * self.K ** -0.5, per_head(k), v.view(B, T, self.heads, self.V)
-        beta = self.in_proj_b(h).float().sigmoid().unsqueeze(-1)                                  # [B, T, H, 1]
-        log_alpha = -self.A_log.float().exp() * F.softplus(self.in_proj_a(h).float() + self.dt_bias.float())
+        beta = wide(self.in_proj_b(h)).sigmoid().unsqueeze(-1)                                  # [B, T, H, 1]
+        log_alpha = -wide(self.A_log).exp() * F.softplus(wide(self.in_proj_a(h)) + wide(self.dt_bias))
         log_alpha = log_alpha.unsqueeze(-1)
         s = StepInputs(q, k, beta * v, log_alpha, erase_in=k, erase_out=log_alpha.exp() * beta * k)
         return s, self.in_proj_z(h), {"tail": tail}
 
     def output(self, o: Tensor, s: StepInputs, z: Tensor) -> Tensor:
         """W_out( RMSNorm(o) · silu(z) ): norm, then gate."""
-        y = self.norm(o) * F.silu(z.float().view(o.shape))
+        y = self.norm(o) * F.silu(wide(z).view(o.shape))
         return self.out_proj(y.flatten(-2).to(z.dtype))
 
 
@@ -324,9 +334,14 @@ class Mamba2(nn.Module):
         self.norm = RMSNorm(heads * V, eps)
         self.out_proj = nn.Linear(heads * V, width, bias=bias)
 
+    @property
+    def out_weight(self) -> Tensor:
+        """The output map by heads, [D, H, V]."""
+        return self.out_proj.weight.unflatten(1, (self.heads, self.V))
+
     def empty_cache(self, B: int, like: Tensor) -> dict[str, Tensor]:
         """The cache before the first token."""
-        return {"state": like.new_zeros(B, self.heads, self.K, self.V, dtype=torch.float32),
+        return {"state": like.new_zeros(B, self.heads, self.K, self.V, dtype=wide(like[:0]).dtype),
                 "tail": like.new_zeros(B, self.conv1d.weight.shape[-1] - 1, self.channels)}
 
     def inputs(self, h: Tensor, cache: dict, v_first: Tensor | None = None):
@@ -334,20 +349,20 @@ class Mamba2(nn.Module):
         B, T, _ = h.shape
         z, xBC, dt = self.in_proj(h).split([self.heads * self.V, self.channels, self.heads], -1)
         xBC, tail = causal_conv(xBC, cache["tail"], self.conv1d.weight, self.conv1d.bias)
-        x, key, query = xBC.float().split([self.heads * self.V, self.groups * self.K, self.groups * self.K], -1)
+        x, key, query = wide(xBC).split([self.heads * self.V, self.groups * self.K, self.groups * self.K], -1)
         x = x.view(B, T, self.heads, self.V)
         per_head = lambda y: y.view(B, T, self.groups, self.K).repeat_interleave(self.heads // self.groups, 2)
-        step = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.time_step_limit).unsqueeze(-1)   # Δ [B, T, H, 1]
-        s = StepInputs(per_head(query), per_head(key), step * x, -step * self.A_log.float().exp().unsqueeze(-1))
+        step = F.softplus(wide(dt) + wide(self.dt_bias)).clamp(*self.time_step_limit).unsqueeze(-1)   # Δ [B, T, H, 1]
+        s = StepInputs(per_head(query), per_head(key), step * x, -step * wide(self.A_log).exp().unsqueeze(-1))
         return s, (x, z), {"tail": tail}
 
     def output(self, o: Tensor, s: StepInputs, rest: tuple[Tensor, Tensor]) -> Tensor:
         """W_out( RMSNorm_group((o + D x) · silu(z)) · w ): gate, then norm."""
         x, z = rest
-        y = (o + self.D.float().unsqueeze(-1) * x).flatten(-2) * F.silu(z.float())                # [B, T, H·V]
+        y = (o + wide(self.D).unsqueeze(-1) * x).flatten(-2) * F.silu(wide(z))                # [B, T, H·V]
         grouped = y.unflatten(-1, (self.groups, -1))
         y = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.norm.eps)
-        return self.out_proj((y.flatten(-2) * self.norm.weight.float()).to(z.dtype))
+        return self.out_proj((y.flatten(-2) * wide(self.norm.weight)).to(z.dtype))
 
 
 class LowRank(nn.Module):
@@ -392,9 +407,14 @@ class RWKV7(nn.Module):
         self.v_lora = None if first else LowRank(width, ranks["v"], heads * V, nn.Identity())
         self.g_norm = nn.GroupNorm(heads, heads * V, eps=eps)
 
+    @property
+    def out_weight(self) -> Tensor:
+        """The output map by heads, [D, H, V]."""
+        return self.o_proj.weight.unflatten(1, (self.heads, self.V))
+
     def empty_cache(self, B: int, like: Tensor) -> dict[str, Tensor]:
         """The cache before the first token."""
-        return {"state": like.new_zeros(B, self.heads, self.K, self.V, dtype=torch.float32),
+        return {"state": like.new_zeros(B, self.heads, self.K, self.V, dtype=wide(like[:0]).dtype),
                 "tail": like.new_zeros(B, 1, self.x_r.numel())}
 
     def inputs(self, h: Tensor, cache: dict, v_first: Tensor | None):
@@ -402,15 +422,15 @@ class RWKV7(nn.Module):
         B, T, _ = h.shape
         shift, tail = token_shift(h, cache["tail"])
         m_r, m_w, m_k, m_v, m_a, m_g = (h + shift * getattr(self, f"x_{c}") for c in "rwkvag")
-        keys = lambda x: x.float().view(B, T, self.heads, self.K)
-        values = lambda x: x.float().view(B, T, self.heads, self.V)
+        keys = lambda x: wide(x).view(B, T, self.heads, self.K)
+        values = lambda x: wide(x).view(B, T, self.heads, self.V)
         r, k, v = keys(self.r_proj(m_r)), keys(self.k_proj(m_k)), values(self.v_proj(m_v))
         log_w = -math.exp(-0.5) * keys(self.w_lora(m_w)).sigmoid()
         a = keys(self.a_lora(m_a)).sigmoid()
         if self.v_lora is not None:
             v = v + (v_first - v) * values(self.v_lora(m_v)).sigmoid()
-        kappa = F.normalize(k * self.k_k.float().view(self.heads, self.K), dim=-1)
-        k = k * (1 + (a - 1) * self.k_a.float().view(self.heads, self.K))
+        kappa = F.normalize(k * wide(self.k_k).view(self.heads, self.K), dim=-1)
+        k = k * (1 + (a - 1) * wide(self.k_a).view(self.heads, self.K))
         s = StepInputs(r, k, v, log_w, erase_in=kappa, erase_out=a * kappa)
         return s, self.g_lora(m_g), {"tail": tail}
 
@@ -418,9 +438,9 @@ class RWKV7(nn.Module):
         """W_o( (GroupNorm(o) + (Σ_K r k r_k) v) · g )."""
         mean, var = o.mean(-1, keepdim=True), o.var(-1, keepdim=True, unbiased=False)
         y = ((o - mean) * torch.rsqrt(var + self.eps)).flatten(-2)
-        y = y * self.g_norm.weight.float() + self.g_norm.bias.float()
-        bonus = (s.q * s.k * self.r_k.float()).sum(-1, keepdim=True) * s.v
-        return self.o_proj(((y + bonus.flatten(-2)) * g.float()).to(g.dtype))
+        y = y * wide(self.g_norm.weight) + wide(self.g_norm.bias)
+        bonus = (s.q * s.k * wide(self.r_k)).sum(-1, keepdim=True) * s.v
+        return self.o_proj(((y + bonus.flatten(-2)) * wide(g)).to(g.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,7 +472,7 @@ class GatedAttention(nn.Module):
         T, half = x.shape[1], self.rotary // 2
         frequency = self.theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
         angle = torch.arange(start, start + T, device=x.device)[:, None, None] * frequency       # [T, 1, half]
-        a, b, rest = x.float().split([half, half, self.size - self.rotary], -1)
+        a, b, rest = wide(x).split([half, half, self.size - self.rotary], -1)
         cos, sin = angle.cos(), angle.sin()
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1).to(x.dtype)
 
@@ -466,7 +486,7 @@ class GatedAttention(nn.Module):
         k = torch.cat([cache["keys"], k], 1)
         v = torch.cat([cache["values"], self.v_proj(h).view(B, T, self.key_heads, self.size)], 1)
         q = q.unflatten(2, (self.key_heads, -1))                                                  # heads as groups of key heads
-        scores = torch.einsum("btgrd,bsgd->bgrts", q, k).float() * self.size ** -0.5
+        scores = wide(torch.einsum("btgrd,bsgd->bgrts", q, k)) * self.size ** -0.5
         past = torch.ones(T, start + T, dtype=torch.bool, device=h.device).tril(start)            # s ≤ start + t
         weights = scores.masked_fill(~past, -math.inf).softmax(-1).to(v.dtype)
         y = torch.einsum("bgrts,bsgd->btgrd", weights, v).flatten(2)                              # [B, T, heads · size]
@@ -487,8 +507,8 @@ class GatedMLP(nn.Module):
         return {}
 
     def forward(self, x: Tensor, cache: dict) -> tuple[Tensor, dict]:
-        """x [B, T, D] -> [B, T, D]; the cache passes through."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), cache
+        """x [B, T, D] -> [B, T, D]; nothing to remember."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), {}
 
 
 class ChannelMix(nn.Module):
@@ -549,26 +569,34 @@ class Block(nn.Module):
         """The cache before the first token."""
         return self.mixer.empty_cache(B, like) | (self.mlp.empty_cache(B, like) if self.mlp is not None else {})
 
-    def forward(self, stream: Stream, cache: dict, start: int = 0, edits: list[Edit] = ()) -> tuple[Stream, dict]:
-        """One layer over T tokens, the first at position start. Returns the new stream and the new cache."""
+    def mix(self, stream: Stream, cache: dict, start: int = 0, edits: list[Edit] = ()) -> tuple[Stream, dict]:
+        """The first half, x + mixer(norm1(x)), over T tokens, the first at position start; and the mixer's new cache."""
         x, v_first = stream
         h = self.norm1(x)
-        if self.recurrent:
-            s, rest, new = self.mixer.inputs(h, cache, v_first)
-            with torch.autocast(x.device.type, enabled=False):                     # fp32, also where training is not
-                o, state = recurrence_chunked(s, cache["state"])
-            if edits:
-                o, state = apply_edits(o, state, s, start, edits)
-            if isinstance(self.mixer, RWKV7) and v_first is None:
-                v_first = s.v
-            y, new = self.mixer.output(o, s, rest), new | {"state": state}
-        else:
+        if not self.recurrent:
             y, new = self.mixer(h, cache)
-        x = x + y
-        if self.mlp is not None:
-            y, mlp_cache = self.mlp(self.norm2(x), {n: c for n, c in cache.items() if n == "mlp_tail"})
-            x, new = x + y, new | mlp_cache
-        return Stream(x, v_first), new
+            return Stream(x + y, v_first), new
+        s, rest, new = self.mixer.inputs(h, cache, v_first)
+        with torch.autocast(x.device.type, enabled=False):                         # fp32, also where training is not
+            o, state = recurrence_chunked(s, cache["state"])
+        if edits:
+            o, state = apply_edits(o, state, s, start, edits)
+        if isinstance(self.mixer, RWKV7) and v_first is None:
+            v_first = s.v
+        return Stream(x + self.mixer.output(o, s, rest), v_first), new | {"state": state}
+
+    def feed(self, stream: Stream, cache: dict) -> tuple[Stream, dict]:
+        """The second half, x + mlp(norm2(x)), and the MLP's new cache."""
+        if self.mlp is None:
+            return stream, {}
+        y, new = self.mlp(self.norm2(stream.x), cache)
+        return stream._replace(x=stream.x + y), new
+
+    def forward(self, stream: Stream, cache: dict, start: int = 0, edits: list[Edit] = ()) -> tuple[Stream, dict]:
+        """Both halves: the stream after this layer, and its new cache."""
+        stream, new = self.mix(stream, cache, start, edits)
+        stream, more = self.feed(stream, cache)
+        return stream, new | more
 
 
 class LanguageModel(nn.Module):

@@ -1,6 +1,7 @@
 """The command line: python run.py COMMAND (--help says which, README.md says why).
 
     replace   the replacement test on the three embedded models, or on any model: can an SAE's atom stand for a real write?
+    formula   the logit-change formula, as a ladder from the paper's three factors to exact first and second order
     train     train an SAE on the writes of one head and save it beside its model
     pretrain  train an embedded model from nothing
 
@@ -321,11 +322,11 @@ def train_sae(model: LanguageModel, layer: int, head: int, args) -> WriteSAE:
         writesae.fit_gradient(sae, X, generator, args.steps or (50 if args.quick else 2000), 256 if args.source == "state" else 1024,
                               progress=progress("atoms"))
     with torch.no_grad():
-        left = torch.cat([sae.energy(sae(Y[i:i + 256])[0]) for i in range(0, len(Y), 256)])
+        left = torch.cat([sae.energy(sae(Y.rows(slice(i, i + 256)))[0]) for i in range(0, len(Y.keys), 256)])
         energy = sae.energy(Y)
-    sae.cfg |= dict(method=method, n_train=len(X), seconds=round(time.time() - began, 1), fvu=round((left.sum() / energy.sum()).item(), 4),
+    sae.cfg |= dict(method=method, n_train=len(X.keys), seconds=round(time.time() - began, 1), fvu=round((left.sum() / energy.sum()).item(), 4),
                     median_cosine=round((1 - left / energy).clamp_min(0).sqrt().median().item(), 4))
-    say(f"SAE {model.name} L{layer}H{head}: {atoms:,} atoms, k={k}, {args.encoder}, source {args.source}, {metric} metric, {method} on {len(X):,} "
+    say(f"SAE {model.name} L{layer}H{head}: {atoms:,} atoms, k={k}, {args.encoder}, source {args.source}, {metric} metric, {method} on {len(X.keys):,} "
         f"samples; held out, in that metric: unexplained energy {sae.cfg['fvu']:.3f}, median cosine {sae.cfg['median_cosine']:.3f}; {sae.cfg['seconds']} s")
     return sae.requires_grad_(False)
 
@@ -435,9 +436,7 @@ def print_replace(results: list[dict]):
 
 def plot_replace(results: list[dict], path: str):
     """Three panels, a line per cell: win rate and recovered fraction by horizon, and win rate against coverage."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
     for r in results:
         label, horizons = f"{r['model']} L{r['layer']}H{r['head']}", [h["horizon"] for h in r["by_horizon"]]
@@ -452,6 +451,103 @@ def plot_replace(results: list[dict], path: str):
     axes[2].set(xlabel="coverage: share of positions kept", ylabel="win rate, kl@0..10", title="the best-matched positions (dashed: projected)")
     axes[1].legend()
     save_then_rename(lambda temporary: figure.savefig(temporary, dpi=110, format="png"), path)
+
+
+def formula(args) -> int:
+    """The logit-change ladder, one table per model."""
+    training, held_out = split(python_text())
+    texts = [read_text(args.text)] if args.text else held_out
+    n = args.passages or (8 if args.quick else 100)
+    positions = POSITIONS[1::8] if args.quick else POSITIONS[::4]
+    results, drawn = [], []
+    for name in args.models:
+        model = open_model(name, args.device)
+        for layer, head in cells(model, args.layer, args.head):
+            sae, began = find_sae(model, layer, head, args), time.time()
+            say(f"formula {name} L{layer}H{head}: the write deleted, swapped for its atom, or an atom of norm ε added, at firings in {n} passages x "
+                f"{len(positions)} positions of {'--text' if args.text else 'held-out text'}; tokens of rank {', '.join(map(str, writesae.RANKS))}; {model.device}, fp32")
+
+            def climb(texts: list[str], n: int, change: str | float) -> writesae.Ladder:
+                parts, tokens = [], windows(model, texts, n, PASSAGE)
+                for i, part in enumerate(tokens.split(50)):
+                    one = writesae.ladder(model, sae, part, layer, head, positions, change, COSINE_MIN, progress(f"{name} {change}"))
+                    parts.append(one._replace(passage=one.passage + 50 * i))
+                return writesae.Ladder(*map(torch.cat, zip(*parts)))
+
+            natural = {change: climb(texts, n, change) for change in ("swap", "delete")}
+            sizes = {size: climb(texts, max(4, n // 2), size) for size in (0.1, 0.3, 1.0, 3.0)}
+            in_sample = climb(training, max(4, n // 2), "swap")
+            swap = natural["swap"]
+            r2 = lambda ladder, i, **at: writesae.agreement(ladder.measured[at.get("rows", slice(None)), at.get("h", slice(None)), at.get("rank", slice(None))],
+                                                            ladder.predicted[:, i][at.get("rows", slice(None)), at.get("h", slice(None)), at.get("rank", slice(None))])["r2"]
+            rungs = []
+            for i, (rung, order) in enumerate(writesae.RUNGS):
+                fit = writesae.agreement(swap.measured, swap.predicted[:, i])
+                atoms, counts = swap.atom.unique(return_counts=True)
+                per_atom = torch.tensor([r2(swap, i, rows=swap.atom == a) for a in atoms[counts >= 3]])
+                low, middle, high = per_atom.nanquantile(torch.tensor([0.25, 0.5, 0.75])).tolist() if len(per_atom) else [math.nan] * 3
+                rungs.append(dict(name=rung, order=order, fitted="fitted" in rung, **fit, r2_delete=r2(natural["delete"], i),
+                                  r2_small=r2(sizes[0.1], i), r2_by_size={str(size): r2(x, i) for size, x in sizes.items()},
+                                  r2_training_text=r2(in_sample, i), r2_per_atom=dict(median=middle, low=low, high=high, n_atoms=len(per_atom)),
+                                  by_horizon=[r2(swap, i, h=h) for h in range(HORIZONS)],
+                                  by_rank={str(rank): r2(swap, i, rank=j) for j, rank in enumerate(writesae.RANKS)}))
+            results.append(dict(model=name, layer=layer, head=head, n=swap.measured.shape[0] * len(writesae.RANKS), n_firings=len(swap.atom),
+                                n_passages=len(swap.passage.unique()), rungs=rungs, state_difference=swap.state_difference.mean(0).tolist(),
+                                output_cosine=swap.output_cosine.mean(0).tolist(), seconds=round(time.time() - began, 1)))
+            drawn.append((f"{name} L{layer}H{head}", swap))
+    print_formula(results)
+    if args.json:
+        write_text(args.json, json.dumps(results, indent=1))
+    if args.plot:
+        plot_formula(results, drawn, args.plot)
+    return 0
+
+
+def print_formula(results: list[dict]):
+    """A table per cell: a row per rung, R² about y = ŷ for the two natural edits and for small ones."""
+    for r in results:
+        print(f"{r['model']} L{r['layer']}H{r['head']}: logit change over the write's step and ten after it; {r['n_firings']} firings x {len(writesae.RANKS)} tokens "
+              f"from {r['n_passages']} passages. R² about y = ŷ.")
+        print(f"  {'rung':<26}{'exact to':>9}{'swap':>9}{'slope':>7}{'sign%':>7}{'per atom [IQR]':>23}{'delete':>9}{'ε=0.1':>9}{'ε=1':>8}{'ε=3':>8}{'train.':>8}")
+        short = lambda x: f"{x:.3f}" if x > -9.995 else f"{x:.0e}"
+        for i, rung in enumerate(r["rungs"]):
+            atom = rung["r2_per_atom"]
+            print(f"  {i + 1} {rung['name']:<24}{('order ' + str(rung['order'])) if rung['order'] else '-':>9}{short(rung['r2']):>9}{rung['slope']:>7.2f}"
+                  f"{100 * rung['sign_agreement']:>7.1f}{short(atom['median']) + ' [' + short(atom['low']) + ', ' + short(atom['high']) + ']':>23}"
+                  f"{short(rung['r2_delete']):>9}{rung['r2_small']:>9.4f}{short(rung['r2_by_size']['1.0']):>8}{short(rung['r2_by_size']['3.0']):>8}{short(rung['r2_training_text']):>8}")
+        paper = {"gdn": "median R² per atom 0.98 (IQR 0.977-0.990), a scalar fitted per passage, atom and token", "mamba2": "R² -0.07", "rwkv7": "not reported"}
+        print(f"  the paper, three factors: {paper.get(r['model'], 'this model was not tested')}")
+        later = r["state_difference"][1:]
+        print(f"  after the swap, over the next ten tokens: the state differs by {100 * sum(later) / len(later):.1f} % of its norm on average (the authors' reply: below 5 %; "
+              f"first {100 * later[0]:.1f} %, tenth {100 * later[-1]:.1f} %);\n  cosine of the layer's output {min(r['output_cosine']):.4f} or more at every step;  {r['seconds']} s\n")
+    print("swap: the atom in the write's place. delete: the write taken out. ε: an atom of that norm added. train.: swap on training text. Nothing is fitted but rung 2.\n"
+          "From rung to rung: 1 to 3 the erase term; 3 to 4 the head's norm and gate and the final norm; 4 to 5 the later layers; 5 to 6 second order;\n"
+          "6 to 7 the head's norm, which is far from linear where the write is most of what it normalises.")
+
+
+def plot_formula(results: list[dict], drawn: list, path: str):
+    """A row per cell: predicted against measured for rungs 1, 2, 5 and 7 of the swap, and R² by horizon."""
+    plt, shown = pyplot(), (0, 1, 4, 6)
+    figure, axes = plt.subplots(len(drawn), 5, figsize=(15, 3.1 * len(drawn)), constrained_layout=True, squeeze=False)
+    for row, (label, swap), r in zip(axes, drawn, results):
+        y = swap.measured.flatten()
+        limit = y.abs().quantile(0.995).item() if len(y) < 10_000_000 else y.abs().max().item()
+        for ax, i in zip(row, shown):
+            ax.scatter(swap.predicted[:, i].flatten(), y, s=2, alpha=0.3, linewidths=0)
+            ax.plot([-limit, limit], [-limit, limit], color="black", linewidth=0.7)
+            ax.set(xlim=(-limit, limit), ylim=(-limit, limit), title=f"{label}: {writesae.RUNGS[i][0]}", xlabel="predicted (nats)", ylabel="measured (nats)")
+            row[4].plot(range(HORIZONS), [max(x, -1) for x in r["rungs"][i]["by_horizon"]], marker="o", label=writesae.RUNGS[i][0])
+        row[4].set(xlabel="tokens after the write", ylabel="R² about y = ŷ (cut at −1)", ylim=(-1.05, 1.05))
+        row[4].legend(fontsize=7)
+    save_then_rename(lambda temporary: figure.savefig(temporary, dpi=90, format="png"), path)
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing to files."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
 
 
 def record_lines(name: str, layer: int, head: int, records: Records) -> str:
@@ -496,17 +592,17 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line. Raises InputError for a wrong one."""
     p = Parser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", choices=["replace", "train", "pretrain"])
+    p.add_argument("command", choices=["replace", "formula", "train", "pretrain"])
     p.add_argument("--model", help="gdn, mamba2, rwkv7 (default: all three), a folder, or a hub id such as Qwen/Qwen3.5-0.8B")
     p.add_argument("--layer", help="a recurrent layer, from 0, or all (default: the second recurrent one)")
     p.add_argument("--head", default="0", help="a head, from 0, or all (default 0)")
     p.add_argument("--text", help="test on this text file instead of the held-out Python text")
-    p.add_argument("--passages", type=int, help="number of test passages (default 176)")
+    p.add_argument("--passages", type=int, help="number of test passages (default: replace 176, formula 100)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="the same code on a small sample, in seconds")
-    p.add_argument("--json", help="replace: write the results there")
-    p.add_argument("--plot", help="replace: draw the figures into this PNG")
+    p.add_argument("--json", help="replace, formula: write the results there")
+    p.add_argument("--plot", help="replace, formula: draw the figures into this PNG")
     p.add_argument("--records", help="replace: write one JSON line per tested position there")
     p.add_argument("--sae", help="this SAE file instead of the one beside the model")
     p.add_argument("--source", default="write", choices=["write", "state"], help="what the SAE codes (state: the paper's recipe)")
@@ -536,7 +632,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, or 2 after one line on stderr."""
     try:
         args = parse(argv)
-        return {"replace": replace, "train": train, "pretrain": pretrain}[args.command](args)
+        return {"replace": replace, "formula": formula, "train": train, "pretrain": pretrain}[args.command](args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

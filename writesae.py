@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import Cache, Edit, InputError, LanguageModel, StepInputs, Stream, propagate, recurrence_chunked, states
+from models import Cache, Edit, InputError, LanguageModel, StepInputs, Stream, propagate, recurrence_chunked, states, wide
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,11 +38,17 @@ class Factored(NamedTuple):
     keys: Tensor       # [..., r, K]
     values: Tensor     # [..., r, V]
 
-    def __getitem__(self, index) -> Factored:
+    def rows(self, index) -> Factored:
+        """Some of N matrices: keys [N, r, K] and values [N, r, V] at index (a slice or a tensor)."""
         return Factored(self.keys[index], self.values[index])
 
-    def __len__(self) -> int:
-        return len(self.keys)
+    def minus(self, other: Factored) -> Factored:
+        """X − Y, by lining up the factors of both."""
+        return Factored(torch.cat([self.keys, other.keys], -2), torch.cat([self.values, -other.values], -2))
+
+    def matrix(self) -> Tensor:
+        """X itself, [..., K, V]."""
+        return self.keys.mT @ self.values
 
 
 def write_of(k: Tensor, v: Tensor) -> Factored:
@@ -155,8 +161,7 @@ class WriteSAE(nn.Module):
 
     def residual(self, X: Factored, index: Tensor, a: Tensor) -> Factored:
         """X − X̂ -> r + k factors. Its `energy` is the loss: ‖X‖² − 2 Σ a_i ⟨A_i, X⟩ + Σ_ij a_i a_j ⟨A_i, A_j⟩."""
-        X_hat = self.decode(index, a)
-        return Factored(torch.cat([X.keys, X_hat.keys], -2), torch.cat([X.values, -X_hat.values], -2))
+        return X.minus(self.decode(index, a))
 
     def energy(self, X: Factored) -> Tensor:
         """‖X‖² in the metrics. -> [...]"""
@@ -194,7 +199,7 @@ class WriteSAE(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 def best_atom(sae: WriteSAE, X: Factored, rows: int = 128) -> tuple[Tensor, Tensor]:
     """Each input's largest score and the atom that has it, [N] and [N], computed a block of rows at a time."""
-    blocks = [sae.scores(X[i:i + rows]).max(-1) for i in range(0, len(X), rows)]
+    blocks = [sae.scores(X.rows(slice(i, i + rows))).max(-1) for i in range(0, len(X.keys), rows)]
     return torch.cat([b.values for b in blocks]), torch.cat([b.indices for b in blocks])
 
 
@@ -247,7 +252,7 @@ def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: 
     k_aux best of them explain the residual, at 1/32 of the weight; four times in a run the dead restart at badly coded inputs.
     X: N matrices as factors. Trains sae in place; returns the unexplained share of energy (FVU without a mean) per step.
     """
-    draw = lambda n: X[torch.randint(len(X), (n,), generator=generator).to(X.keys.device)]
+    draw = lambda n: X.rows(torch.randint(len(X.keys), (n,), generator=generator).to(X.keys.device))
     sae.place(torch.arange(sae.n_atoms), draw(sae.n_atoms))
     sae.requires_grad_(True)
     optimiser = torch.optim.Adam(sae.parameters(), lr)
@@ -274,7 +279,7 @@ def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: 
         if len(dead) and (step + 1) % (steps // 5) == 0 and step + 1 < steps:
             R = Factored(*(side.detach() for side in R))
             worst = sae.energy(R).argsort(descending=True)[:len(dead)]
-            sae.place(dead[:len(worst)], R[worst])
+            sae.place(dead[:len(worst)], R.rows(worst))
             silent[dead[:len(worst)]] = 0
         history.append(fvu.item())
     sae.requires_grad_(False)
@@ -335,7 +340,24 @@ class Point(NamedTuple):
     stream: Stream          # at the edited layer's input, over the window
     cache: Cache            # native, up to the token before t; only the layers from the edited one up are filled
     s: StepInputs           # the six tensors of the edited head, H = 1, over the window
+    state: Tensor           # [P, 1, K, V] of that head before t
     logits: Tensor          # [P, 11, vocab] native, from the whole passage in one pass
+
+    def write(self, definition: str) -> Factored:
+        """The native write at t (`native_write`), P of them."""
+        return write_of(*(x[:, 0, 0] for x in native_write(self.s.slice(slice(0, 1)), definition, self.state)))
+
+    def states(self) -> Tensor:
+        """The head's native states after t..t+10, [P, 11, K, V]."""
+        return states(self.s, self.state)[:, :, 0]
+
+    def state_difference(self, change: Factored) -> Tensor:
+        """‖δS_s‖ / ‖S_s‖ at s = t..t+10 if `change` is added to S_t: δS_s = A_s ... A_{t+1} δS_t. [P, 11]"""
+        moved = [change.matrix()[:, None, None]]
+        if self.s.q.shape[1] > 1:
+            later = self.s.slice(slice(1, None))
+            moved.append(states(later._replace(k=torch.zeros_like(later.k)), moved[0][:, 0]))
+        return torch.cat(moved, 1)[:, :, 0].norm(dim=(-2, -1)) / self.states().norm(dim=(-2, -1))
 
 
 def points(model: LanguageModel, tokens: Tensor, layer: int, head: int, positions, progress=iter):
@@ -351,13 +373,13 @@ def points(model: LanguageModel, tokens: Tensor, layer: int, head: int, position
     with torch.no_grad():
         stream, _ = model.run(model.embed(tokens), last=layer)
         s = model.step_inputs(stream, layer).slice(slice(None), slice(head, head + 1))
-        logits = model.unembed(model.run(stream, first=layer)[0]).float()
+        logits = wide(model.unembed(model.run(stream, first=layer)[0]))
     cache, done = model.empty_cache(P), 0
     for t in progress(positions):
         with torch.no_grad():
             _, cache = model.run(stream.slice(slice(done, t)), cache, first=layer)
         done, window = t, slice(t, t + HORIZONS)
-        yield Point(t, stream.slice(window), cache, s.slice(window), logits[:, window])
+        yield Point(t, stream.slice(window), cache, s.slice(window), cache.layers[layer]["state"][:, head:head + 1], logits[:, window])
 
 
 def read_metric(model: LanguageModel, tokens: Tensor, layer: int, head: int, positions, generator: torch.Generator, ridge: float = 0.1,
@@ -453,11 +475,9 @@ def replacement(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int,
     every = torch.arange(P, device=tokens.device).repeat(len(CONDITIONS))       # the branches' passages, one condition after the other
     rows = []
     for p in points(model, tokens, layer, head, positions, progress):
-        before = p.cache.layers[layer]["state"][:, head:head + 1]
-        S = states(p.s, before)[:, :, 0]                                        # [P, 11, K, V] native
-        k_t, v_t = (x[:, 0, 0] for x in native_write(p.s.slice(slice(0, 1)), write, before))        # [P, K], [P, V]
-        W = write_of(k_t, v_t)
-        index, a = sae.encode(W if source == "write" else matrix_of(S[:, 0]))
+        W = p.write(write)
+        k_t, v_t = W.keys[:, 0], W.values[:, 0]                                 # [P, K], [P, V]
+        index, a = sae.encode(W if source == "write" else matrix_of(p.states()[:, 0]))
         atom, a = index[:, 0], a[:, 0]
         keys, values = replacements(sae, k_t, v_t, atom, a, scale, generator)   # [5, P, K], [5, P, V]
 
@@ -467,15 +487,11 @@ def replacement(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int,
         base = p.logits.log_softmax(-1).expand_as(patched)
 
         A = write_of(keys[0], values[0])
-        change = keys[0, :, :, None] * values[0, :, None] - k_t[:, :, None] * v_t[:, None]          # aA − k vᵀ, [P, K, V]
-        later = p.s.slice(slice(1, None))
-        moved = states(later._replace(k=torch.zeros_like(later.k)), change.unsqueeze(1))[:, :, 0]   # A_s ... A_{t+1} (aA − k vᵀ)
-        moved = torch.cat([change.unsqueeze(1), moved], 1)                                          # [P, 11, K, V]
         rows.append(Records(
             passage=torch.arange(P), position=torch.full((P,), p.t), atom=atom.cpu(), coefficient=a.cpu(), cosine=cosine(A, W).cpu(),
             cosine_read=(inner(A, sae.measured(W)) / (sae.energy(A) * sae.energy(W)).sqrt().clamp_min(1e-30)).cpu(),
             kl=kl_divergence(base, patched).transpose(0, 1).cpu(), kl_reverse=kl_divergence(patched[:2], base[:2]).transpose(0, 1).cpu(),
-            state_difference=(moved.norm(dim=(-2, -1)) / S.norm(dim=(-2, -1))).cpu()))
+            state_difference=p.state_difference(A.minus(W)).cpu()))
     return Records(*map(torch.cat, zip(*rows)))
 
 
@@ -566,52 +582,95 @@ def summary(records: Records, cosine_min: float, generator: torch.Generator) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. The logit-change formula: a ladder from the paper's three factors to the exact second order
 # ---------------------------------------------------------------------------------------------------------------------
-#: name, order in the edit's size that the rung is exact to (0: not even the first), whether a scalar is fitted
-RUNGS = (("three factors", 0, False), ("three factors, fitted", 0, True), ("exact transition", 0, False), ("direct path", 0, False),
-         ("full Jacobian", 1, False), ("mean of two Jacobians", 2, False))
+#: each rung's name, and the order in the edit's size to which it is exact (0: not even to the first)
+RUNGS = (("three factors", 0), ("three factors, fitted", 0), ("exact transition", 0), ("direct path", 0), ("full Jacobian", 1),
+         ("mean of two Jacobians", 2), ("exact head, mean of two", 2))
 
 
-def logit_ladder(model: LanguageModel, p: Point, layer: int, head: int, change: Factored, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Six predictions of how an edit of one head's state at t moves logits at t..t+10, and the measured change.
+def logit_ladder(model: LanguageModel, p: Point, layer: int, head: int, change: Factored, targets: Tensor):
+    """Seven predictions of how an edit of one head's state at t moves logits at t..t+10, and the measured change.
 
     The edit adds δS = Σ_r keys_r values_rᵀ, so the head's read moves by δo_s = Σ_r (u_s · q_s) values_r (models.propagate).
 
-    1 three factors       u_s = (Π decay) keys: gates alone, no erase.  logit = ⟨W_U[tok], W_O δo⟩: no norm, no gate   (the paper)
+    1 three factors       u_s = (Π decay) keys: gates alone, no erase; logit = ⟨W_U[tok], W_O δo⟩: no norm, no gate      (the paper)
     2   ..., fitted       1 times one least-squares scalar per edit and token, over the eleven steps        (the paper's appendix)
     3 exact transition    u_s = A_s u_{s-1}: what the erase term is worth
     4 direct path         + the Jacobians of the head's norm and gate and of the final norm: what they are worth
-    5 full Jacobian       d/dε logit(S + ε δS) at ε = 0: + the path through the later layers.           exact to first order
-    6 mean of two         ½ (d/dε at 0 + d/dε at 1), the trapezoid rule for ∫ d/dε.                     exact to second order
+    5 full Jacobian       d/dε logit(S + ε δS) at ε = 0: + the path through the later layers                exact to first order
+    6 mean of two         ½ (d/dε at 0 + d/dε at 1), the trapezoid rule for ∫ d/dε from 0 to 1             exact to second order
+    7 exact head          the change of the layer's output taken as it is, 6 for all that comes after it: a norm is far from
+                          linear where a write is most of what it normalises
 
-    change: keys [P, r, K], values [P, r, V]; targets [P, n] token ids. Returns predictions [6, P, 11, n], measured [P, 11, n].
+    change: keys [P, r, K], values [P, r, V]; targets [P, n] token ids. Returns predictions [7, P, 11, n], the
+    measured change [P, 11, n], and the cosine [P, 11] of the layer's output with and without the edit.
     """
-    block, unembedding = model.layers[layer], (model.embedding if model.head is None else model.head).weight
-    pick = lambda logits: logits.float().gather(-1, targets[:, None].expand(-1, HORIZONS, -1))
-    edits = lambda size: [Edit(layer, head, p.t, change.keys[:, r], size * change.values[:, r]) for r in range(change.keys.shape[1])]
+    block, cache = model.layers[layer], p.cache.layers[layer]
+    pick = lambda logits: wide(logits).gather(-1, targets[:, None].expand(-1, HORIZONS, -1))
+    jvp = lambda f, at, direction: torch.func.jvp(f, (at,), (direction,))[1]                        # f'(at) · direction
+    mean_of_two = lambda f, at, direction: (jvp(f, at, direction) + jvp(f, at + direction, direction)) / 2
+
+    edits = lambda size: [Edit(layer, head, p.t, key, size * value) for key, value in zip(change.keys.unbind(1), change.values.unbind(1))]
     logits = lambda size: pick(model.unembed(model.run(p.stream, p.cache, edits(size), first=layer)[0]))
-    jvp = lambda f, at, direction: torch.func.jvp(f, (at,), (direction,))[1]
-    reads = lambda s: sum(propagate(key, s)[0].unsqueeze(-1) * value.unsqueeze(1)
-                          for key, value in zip(change.keys.unbind(1), change.values.unbind(1)))                # δo [P, 11, V]
+    zero, one = change.values.new_zeros(1), change.values.new_ones(1)
+    measured = logits(one) - logits(zero)
 
-    out = getattr(block.mixer, "o_proj", None) or block.mixer.out_proj
-    W_O = out.weight.unflatten(1, (block.mixer.heads, -1))[:, head]                                             # [D, V]
-    three_factors = lambda s: torch.einsum("pnd,dv,ptv->ptn", unembedding[targets].float(), W_O.float(), reads(s))
-    one = three_factors(p.s._replace(erase_in=None, erase_out=None))
-    measured = logits(1.0) - logits(0.0)
-    two = one * (one * measured).sum(1, keepdim=True) / one.square().sum(1, keepdim=True).clamp_min(1e-30)
-    three = three_factors(p.s)
+    read = lambda s: sum(propagate(e.key, s)[0].unsqueeze(-1) * e.value.unsqueeze(1) for e in edits(1.0))      # δo [P, 11, V]
+    W_O = block.mixer.out_weight[:, head]                                                                     # [D, V]
+    W_U = (model.embedding if model.head is None else model.head).weight[targets]                             # [P, n, D]
+    linear = lambda delta_o: torch.einsum("pnd,dv,ptv->ptn", wide(W_U), wide(W_O), delta_o)
+    three_factors = linear(read(p.s._replace(erase_in=None, erase_out=None)))
+    fit = (three_factors * measured).sum(1, keepdim=True) / three_factors.square().sum(1, keepdim=True).clamp_min(1e-30)
+    exact_transition = linear(read(p.s))
 
-    s, rest, _ = block.mixer.inputs(block.norm1(p.stream.x), p.cache.layers[layer], p.stream.v_first)           # all heads
-    o, _ = recurrence_chunked(s, p.cache.layers[layer]["state"])
-    only = F.one_hot(torch.tensor(head), block.mixer.heads).to(o)[:, None]
-    delta_x = jvp(lambda o: block.mixer.output(o, s, rest), o, reads(p.s).unsqueeze(2) * only)                  # [P, 11, D]
-    last, _ = model.run(p.stream, p.cache, first=layer)
-    four = pick(jvp(lambda x: model.unembed(last._replace(x=x)), last.x, delta_x))
+    s, rest, _ = block.mixer.inputs(block.norm1(p.stream.x), cache, p.stream.v_first)                         # all heads
+    o, _ = recurrence_chunked(s, cache["state"])
+    delta_o = read(p.s).unsqueeze(2) * F.one_hot(torch.tensor(head), block.mixer.heads).to(o).unsqueeze(-1)   # [P, 11, H, V]
+    output = lambda o: block.mixer.output(o, s, rest)
+    last = model.run(p.stream, p.cache, first=layer)[0]
+    direct_path = jvp(lambda x: pick(model.unembed(last._replace(x=x))), last.x, jvp(output, o, delta_o))
 
-    size = lambda value: torch.tensor(value, device=targets.device)
-    five = jvp(logits, size(0.0), size(1.0))
-    six = (five + jvp(logits, size(1.0), size(1.0))) / 2
-    return torch.stack([one, two, three, four, five, six]), measured
+    above = lambda x: model.run(block.feed(Stream(x, p.stream.v_first), cache)[0], p.cache, first=layer + 1)[0]
+    exact_head = mean_of_two(lambda x: pick(model.unembed(above(x))), p.stream.x + output(o), output(o + delta_o) - output(o))
+
+    return torch.stack([three_factors, fit * three_factors, exact_transition, direct_path, jvp(logits, zero, one),
+                        mean_of_two(logits, zero, one), exact_head]), measured, F.cosine_similarity(output(o), output(o + delta_o), dim=-1)
+
+
+class Ladder(NamedTuple):
+    """One row per firing, N in all; n tokens each. Logit changes in nats."""
+    passage: Tensor          # [N]
+    atom: Tensor             # [N]
+    predicted: Tensor        # [N, 7, 11, n] one per rung
+    measured: Tensor         # [N, 11, n]
+    output_cosine: Tensor    # [N, 11] between the layer's output with and without the edit
+    state_difference: Tensor # [N, 11] ‖δS‖ / ‖S‖ of the edited head
+
+
+RANKS = (1, 2, 3, 4, 5, 10, 50)      # the tokens whose logits are predicted, by their rank at the write's own step
+
+
+@torch.no_grad()
+def ladder(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions, change: str | float = "swap",
+           cosine_min: float = 0.71, progress=iter) -> Ladder:
+    """logit_ladder at every firing. change: "delete" takes the write out, "swap" puts a A in its place, a number ε adds ε A/‖A‖ to it."""
+    rows = []
+    for p in points(model, tokens, layer, head, positions, progress):
+        W = p.write(sae.cfg.get("write", "value"))
+        index, a = sae.encode(W if sae.cfg.get("source", "write") == "write" else matrix_of(p.states()[:, 0]))
+        index, a = index[:, :1], a[:, :1]
+        A, A_1 = sae.decode(index, a), sae.decode(index, torch.ones_like(a))
+        if change == "delete":
+            edit = Factored(-W.keys, W.values)
+        elif change == "swap":
+            edit = A.minus(W)
+        else:
+            edit = A_1._replace(values=A_1.values * (change / inner(A_1, A_1).sqrt())[:, None, None])
+        fires = ((a[:, 0] > 0) & (cosine(A, W) >= cosine_min)).cpu()
+        targets = p.logits[:, 0].topk(max(RANKS)).indices[:, torch.tensor(RANKS) - 1]
+        predicted, measured, output_cosine = logit_ladder(model, p, layer, head, edit, targets)
+        rows.append(Ladder(*(x.cpu()[fires] for x in (torch.arange(len(tokens)), index[:, 0], predicted.transpose(0, 1), measured,
+                                                      output_cosine, p.state_difference(edit)))))
+    return Ladder(*map(torch.cat, zip(*rows)))
 
 
 def agreement(y: Tensor, y_hat: Tensor) -> dict[str, float]:
