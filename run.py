@@ -396,7 +396,7 @@ def replace(args) -> int:
             all_records.append((name, layer, head, records))
     print_replace(results)
     if args.json:
-        write_text(args.json, json.dumps(results, indent=1))
+        write_text(args.json, json.dumps(no_nan(results), indent=1))
     if args.plot:
         plot_replace(results, args.plot)
     if args.records:
@@ -426,8 +426,8 @@ def print_replace(results: list[dict]):
         kl = r["median_kl"]
         print(f"{r['model']} L{r['layer']}H{r['head']}: {r['n_firings']} firings of {r['n_atoms']} atoms in {r['n_passages']} passages; 95 % CI of the win rate "
               f"by atom [{percent(r['win_ci95_by_atom'][0])}, {percent(r['win_ci95_by_atom'][1])}], by passage [{percent(r['win_ci95_by_passage'][0])}, "
-              f"{percent(r['win_ci95_by_passage'][1])}];\n  median KL (nats) atom {kl['atom']:.4f}  delete {kl['delete']:.4f}  random {kl['random']:.4f}  "
-              f"projected {kl['projected']:.4f}  native {kl['native']:.0e};  failures by quartile of effect "
+              f"{percent(r['win_ci95_by_passage'][1])}];\n  median KL (nats) atom {kl['atom']:.1e}  delete {kl['delete']:.1e}  random {kl['random']:.1e}  "
+              f"projected {kl['projected']:.1e}  native {kl['native']:.0e};  failures by quartile of effect "
               f"{' / '.join(percent(q) for q in r['failure_by_quartile'])} %;  {r['seconds']} s")
     print("\nn: firings. cover: their share of all tested positions. win: KL(atom) < KL(delete). recovered: 1 − ΣKL(atom)/ΣKL(delete) (the paper's: from\n"
           "its medians). projected: the same rate for a random rank-1 direction at its own best coefficient (50 = means nothing). order: atom < delete <\n"
@@ -497,7 +497,7 @@ def formula(args) -> int:
             drawn.append((f"{name} L{layer}H{head}", swap))
     print_formula(results)
     if args.json:
-        write_text(args.json, json.dumps(results, indent=1))
+        write_text(args.json, json.dumps(no_nan(results), indent=1))
     if args.plot:
         plot_formula(results, drawn, args.plot)
     return 0
@@ -569,6 +569,15 @@ def read_text(path: str) -> str:
             return f.read()
     except OSError as error:
         raise InputError(f"--text {path}: cannot be read ({error.strerror}); give a text file") from None
+
+
+def no_nan(x):
+    """The same results with None for NaN (a rate of no firings), which JSON has no word for."""
+    if isinstance(x, dict):
+        return {key: no_nan(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [no_nan(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def write_text(path: str, text: str):

@@ -595,11 +595,11 @@ def test_the_ladder_is_exact_to_the_order_it_claims(kind):
     def errors(size):
         predicted, measured, _ = writesae.logit_ladder(model, p, 1, 2, Factored(key, size * value), targets)
         return (predicted - measured).flatten(1).norm(dim=1), measured.norm()
-    (big, scale), (small, _) = errors(2e-2), errors(1e-2)
-    assert scale > 1e-4
+    (big, scale), (small, _) = errors(2e-3), errors(1e-3)
+    assert scale > 1e-5
     assert 3.3 < big[4] / small[4] < 4.7
     assert 6 < big[5] / small[5] < 10 and 6 < big[6] / small[6] < 10
-    assert (big[:4] > 10 * big[4]).all()                                                  # the rungs below leave out first-order parts
+    assert (big[:4] > 3 * big[4]).all()                                                   # the rungs below leave out first-order parts
 
 
 def test_without_erase_the_gates_are_the_transition():

@@ -8,7 +8,7 @@ this SAE has the same shape, A_i = key_dir_i value_dir_iᵀ, so it can take a wr
     records = replacement(model, sae, tokens, layer=1, head=0, positions=range(32, 96, 4))
     figures = summary(records)
 
-Order of this file: matrices as factors - the SAE - its training - the replacement test - its figures.
+Order of this file: matrices as factors - the SAE - its training - the replacement test - its figures - the logit-change formula.
 
 Reference: WriteSAE, arXiv 2605.12770 ("the paper"). States and writes are key first, [K, V], as in models.py.
 """
@@ -33,7 +33,7 @@ from models import Cache, Edit, InputError, LanguageModel, StepInputs, Stream, p
 class Factored(NamedTuple):
     """A matrix X = Σ_r keys_r values_rᵀ, kept as its factors: r = 1 for a write, K for a whole state, 1 + k for an SAE's residual.
 
-    Nothing here ever forms a write's K x V numbers: all products of two such matrices come from products of their factors.
+    Norms and products of writes never form K x V numbers: they come from products of the factors.
     """
     keys: Tensor       # [..., r, K]
     values: Tensor     # [..., r, V]
@@ -146,9 +146,12 @@ class WriteSAE(nn.Module):
         self.value_dir.copy_(value_dir)
 
     def scores(self, X: Factored) -> Tensor:
-        """⟨e_i f_iᵀ, X⟩ = Σ_r ⟨e_i, keys_r⟩⟨f_i, values_r⟩ for every atom. -> [..., n_atoms]"""
+        """⟨e_i f_iᵀ, X⟩ for every atom: for a write ⟨e_i, k⟩⟨f_i, v⟩; with many factors X itself is the cheaper form. -> [..., n_atoms]"""
         e, f = (self.key_dir, self.value_dir) if self.encoder == "tied" else (self.enc_key, self.enc_value)
-        return ((X.keys @ (e @ self.metric_k).T) * (X.values @ (f @ self.metric_v).T)).sum(-2)
+        X = self.measured(X)
+        if X.keys.shape[-2] == 1:
+            return ((X.keys @ e.T) * (X.values @ f.T)).squeeze(-2)
+        return X.matrix().flatten(-2) @ (e.unsqueeze(-1) * f.unsqueeze(-2)).flatten(-2).T
 
     def encode(self, X: Factored) -> tuple[Tensor, Tensor]:
         """The active atoms, largest coefficient first: index [..., k], a [..., k] ≥ 0. The first one is the *dominant* atom."""
@@ -276,7 +279,7 @@ def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: 
         optimiser.step()
         schedule.step()
         sae.normalise()
-        if len(dead) and (step + 1) % (steps // 5) == 0 and step + 1 < steps:
+        if len(dead) and (step + 1) % max(1, steps // 5) == 0 and step + 1 < steps:
             R = Factored(*(side.detach() for side in R))
             worst = sae.energy(R).argsort(descending=True)[:len(dead)]
             sae.place(dead[:len(worst)], R.rows(worst))
@@ -542,7 +545,8 @@ def rates(atom: Tensor, delete: Tensor) -> dict[str, float]:
 def summary(records: Records, cosine_min: float, generator: torch.Generator) -> dict:
     """The test's figures. A firing is a row where the atom has a > 0 and a cosine of at least cosine_min with the write.
 
-    Unless a name says otherwise they are about kl@0..10 at firings; "_all" is over every row, firing or not. coverage: the share of rows with a firing; a rate can be bought with silence, see by_coverage.
+    Unless a name says otherwise they are about kl@0..10 at firings; "_all" is over every row, firing or not. coverage: the share of
+    rows with a firing; a rate can be bought with silence, so by_coverage shows the curve (by_coverage_read: in the SAE's metrics).
     """
     fires = (records.coefficient > 0) & (records.cosine >= cosine_min)
     at = Records(*(x[fires] for x in records))
