@@ -306,14 +306,15 @@ def train_sae(model: LanguageModel, layer: int, head: int, args) -> WriteSAE:
     generator = torch.Generator().manual_seed(args.seed)
     atoms = args.atoms or (512 if args.quick else 16384 if args.source == "write" else 2048)
     k = args.k or (1 if args.source == "write" else 32)
+    encoder = args.encoder or ("tied" if k == 1 else "bilinear")
     metric = args.metric or ("read" if args.source == "write" else "frobenius")
-    sae = WriteSAE(atoms, X.keys.shape[-1], X.values.shape[-1], k, args.encoder, architecture=model.architecture, model=model.name,
+    sae = WriteSAE(atoms, X.keys.shape[-1], X.values.shape[-1], k, encoder, architecture=model.architecture, model=model.name,
                    layer=layer, head=head, source=args.source, write=args.write, metric=metric, layout="key first", seed=args.seed,
                    cosine_min=COSINE_MIN).to(model.device)
     if metric == "read":
         sample = windows(model, training, 8 if args.quick else 128, PASSAGE)
         sae.set_metric(*writesae.read_metric(model, sample, layer, head, POSITIONS[::4], generator, progress=progress("metric")))
-    if args.source == "write" and k == 1 and args.encoder == "tied":
+    if args.source == "write" and k == 1 and encoder == "tied":
         method = "alternating updates"
         writesae.fit_alternating(sae, X.keys[:, 0], X.values[:, 0], generator, args.steps or (8 if args.quick else 24),
                                  20_000 if args.quick else 150_000, progress=progress("atoms"))
@@ -326,7 +327,7 @@ def train_sae(model: LanguageModel, layer: int, head: int, args) -> WriteSAE:
         energy = sae.energy(Y)
     sae.cfg |= dict(method=method, n_train=len(X.keys), seconds=round(time.time() - began, 1), fvu=round((left.sum() / energy.sum()).item(), 4),
                     median_cosine=round((1 - left / energy).clamp_min(0).sqrt().median().item(), 4))
-    say(f"SAE {model.name} L{layer}H{head}: {atoms:,} atoms, k={k}, {args.encoder}, source {args.source}, {metric} metric, {method} on {len(X.keys):,} "
+    say(f"SAE {model.name} L{layer}H{head}: {atoms:,} atoms, k={k}, {encoder}, source {args.source}, {metric} metric, {method} on {len(X.keys):,} "
         f"samples; held out, in that metric: unexplained energy {sae.cfg['fvu']:.3f}, median cosine {sae.cfg['median_cosine']:.3f}; {sae.cfg['seconds']} s")
     return sae.requires_grad_(False)
 
@@ -474,23 +475,9 @@ def formula(args) -> int:
                     parts.append(one._replace(passage=one.passage + 50 * i))
                 return writesae.Ladder(*map(torch.cat, zip(*parts)))
 
-            natural = {change: climb(texts, n, change) for change in ("swap", "delete")}
+            swap, delete, training_swap = climb(texts, n, "swap"), climb(texts, n, "delete"), climb(training, max(4, n // 2), "swap")
             sizes = {size: climb(texts, max(4, n // 2), size) for size in (0.1, 0.3, 1.0, 3.0)}
-            in_sample = climb(training, max(4, n // 2), "swap")
-            swap = natural["swap"]
-            r2 = lambda ladder, i, **at: writesae.agreement(ladder.measured[at.get("rows", slice(None)), at.get("h", slice(None)), at.get("rank", slice(None))],
-                                                            ladder.predicted[:, i][at.get("rows", slice(None)), at.get("h", slice(None)), at.get("rank", slice(None))])["r2"]
-            rungs = []
-            for i, (rung, order) in enumerate(writesae.RUNGS):
-                fit = writesae.agreement(swap.measured, swap.predicted[:, i])
-                atoms, counts = swap.atom.unique(return_counts=True)
-                per_atom = torch.tensor([r2(swap, i, rows=swap.atom == a) for a in atoms[counts >= 3]])
-                low, middle, high = per_atom.nanquantile(torch.tensor([0.25, 0.5, 0.75])).tolist() if len(per_atom) else [math.nan] * 3
-                rungs.append(dict(name=rung, order=order, fitted="fitted" in rung, **fit, r2_delete=r2(natural["delete"], i),
-                                  r2_small=r2(sizes[0.1], i), r2_by_size={str(size): r2(x, i) for size, x in sizes.items()},
-                                  r2_training_text=r2(in_sample, i), r2_per_atom=dict(median=middle, low=low, high=high, n_atoms=len(per_atom)),
-                                  by_horizon=[r2(swap, i, h=h) for h in range(HORIZONS)],
-                                  by_rank={str(rank): r2(swap, i, rank=j) for j, rank in enumerate(writesae.RANKS)}))
+            rungs = writesae.ladder_summary(swap, delete, sizes, training_swap)
             results.append(dict(model=name, layer=layer, head=head, n=swap.measured.shape[0] * len(writesae.RANKS), n_firings=len(swap.atom),
                                 n_passages=len(swap.passage.unique()), rungs=rungs, state_difference=swap.state_difference.mean(0).tolist(),
                                 output_cosine=swap.output_cosine.mean(0).tolist(), seconds=round(time.time() - began, 1)))
@@ -621,7 +608,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--atoms", type=int, help="train: number of atoms")
     p.add_argument("--k", type=int, help="train: active atoms per input")
     p.add_argument("--metric", choices=["read", "frobenius"], help="train: what near means (default: read for writes, frobenius for states)")
-    p.add_argument("--encoder", default="tied", choices=["tied", "bilinear"])
+    p.add_argument("--encoder", choices=["tied", "bilinear"], help="train: default tied for k = 1, else bilinear")
     p.add_argument("--steps", type=int, help="train: steps")
     p.add_argument("--tokens", type=int, default=8_192_000, help="pretrain: training tokens in all")
     p.add_argument("--out", default=os.path.join(HERE, "checkpoints"), help="pretrain: where the model's folder goes")

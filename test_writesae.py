@@ -704,6 +704,26 @@ def test_formula_quick_end_to_end(tmp_path, capsys):
     assert figure.read_bytes().startswith(b"\x89PNG") and "the paper" in capsys.readouterr().out
 
 
+def test_pretrain_makes_a_checkpoint_that_loads(tmp_path, monkeypatch, capsys):
+    """Ten steps on this project's own text: the folder is the hub's layout, and an interrupted run goes on where it was."""
+    text = {f"{i}.py": open(os.path.join(HERE, name), encoding="utf-8").read() for i, name in enumerate(["models.py", "run.py", "writesae.py"] * 4)}
+    monkeypatch.setattr(run, "python_text", lambda: text)
+    monkeypatch.setattr(run, "CONTEXT", 32)
+    monkeypatch.setattr(run, "BATCH", 2)
+    arguments = ["pretrain", "--model", "mamba2", "--out", str(tmp_path), "--tokens", "640"]
+    with monkeypatch.context() as stopped, pytest.raises(TypeError):                      # after training, before the result is saved
+        stopped.setattr(models, "save", None)
+        run.main(arguments)
+    assert run.main(arguments) == 0
+    assert "going on from step 10" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path / "mamba2")) == ["config.json", "model.safetensors", "tokenizer.json"]
+    model = load(str(tmp_path / "mamba2"))
+    tokenizer = models.load_tokenizer(model)
+    assert tokenizer.decode(tokenizer.encode("def f(x): return x")) == "def f(x): return x"
+    logits, _ = model(torch.tensor([tokenizer.encode("import math")]))
+    assert logits.isfinite().all()
+
+
 def test_training_comes_first_where_there_is_no_sae(tmp_path, capsys):
     shutil.copytree(os.path.join(HERE, "checkpoints", "rwkv7"), tmp_path / "m", ignore=lambda *_: ["resume.pt"])
     for file in (tmp_path / "m").glob("sae*"):

@@ -135,8 +135,8 @@ class WriteSAE(nn.Module):
     def place(self, which: Tensor, X: Factored):
         """Put the atoms `which` (indices) at the main directions of the matrices X, one each, unit norm, encoder included."""
         self.key_dir[which], self.value_dir[which] = self.unit(*main_direction(X))
-        if self.encoder == "bilinear":
-            self.enc_key[which], self.enc_value[which] = self.key_dir[which], self.value_dir[which]
+        if self.encoder == "bilinear":         # k atoms that overlap would sum up to k times X: let each start with its share
+            self.enc_key[which], self.enc_value[which] = self.key_dir[which] / self.k, self.value_dir[which]
 
     @torch.no_grad()
     def normalise(self):
@@ -247,7 +247,7 @@ def fit_alternating(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Genera
     return history
 
 
-def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: int = 2000, batch: int = 1024, lr: float = 3e-3,
+def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: int = 2000, batch: int = 1024, lr: float = 1e-3,
                  dead_after: int = 100_000, k_aux: int = 64, progress=iter) -> list[float]:
     """Adam on the reconstruction error ‖X − X̂‖² / mean ‖X‖², for any k, encoder and source.
 
@@ -689,3 +689,27 @@ def agreement(y: Tensor, y_hat: Tensor) -> dict[str, float]:
     r2 = 1 - (y - y_hat).square().sum() / (y - y.mean()).square().sum()
     return dict(r2=r2.item(), slope=((y * y_hat).sum() / y_hat.square().sum()).item(),
                 pearson=torch.corrcoef(torch.stack([y, y_hat]))[0, 1].item(), sign_agreement=(y.sign() == y_hat.sign()).double().mean().item())
+
+
+def ladder_summary(swap: Ladder, delete: Ladder, sizes: dict[float, Ladder], training: Ladder) -> list[dict]:
+    """A dict per rung: `agreement` of the swap at natural size, and R² for other edits, atoms, horizons, ranks and texts.
+
+    swap, delete, training: ladders of those edits (training: swap, on training text); sizes: of an added atom, by its norm.
+    r2_per_atom is over atoms with three firings or more: the median and the quartiles, as the paper gives them.
+    """
+    def r2(ladder: Ladder, rung: int, rows=slice(None), horizon=slice(None), rank=slice(None)) -> float:
+        part = lambda x: x[rows][:, horizon][..., rank]                      # [N, 11, n] -> some of it
+        return agreement(part(ladder.measured), part(ladder.predicted[:, rung]))["r2"]
+
+    atoms, count = swap.atom.unique(return_counts=True)
+    atoms, rungs = atoms[count >= 3], []
+    for i, (name, order) in enumerate(RUNGS):
+        per_atom = torch.tensor([r2(swap, i, rows=swap.atom == atom) for atom in atoms])
+        low, median, high = per_atom.nanquantile(torch.tensor([0.25, 0.5, 0.75])).tolist() if len(atoms) else [math.nan] * 3
+        rungs.append(dict(
+            name=name, order=order, fitted="fitted" in name, **agreement(swap.measured, swap.predicted[:, i]),
+            r2_delete=r2(delete, i), r2_small=r2(sizes[0.1], i), r2_by_size={str(size): r2(x, i) for size, x in sizes.items()},
+            r2_training_text=r2(training, i), r2_per_atom=dict(median=median, low=low, high=high, n_atoms=len(atoms)),
+            by_horizon=[r2(swap, i, horizon=h) for h in range(HORIZONS)],
+            by_rank={str(rank): r2(swap, i, rank=j) for j, rank in enumerate(RANKS)}))
+    return rungs
