@@ -20,10 +20,11 @@ matrix k vᵀ, read by Sᵀq. Only `load` knows other layouts. The three models 
     B batch, T time, H heads, D width of the residual stream. Layers and heads count from 0. `decay` and `log_decay` are
     two names for two things. The recurrence runs in fp32 whatever the dtype of the weights.
 
-References: Gated DeltaNet arXiv 2412.06464; Mamba-2 arXiv 2405.21060; RWKV-7 arXiv 2503.14456. The tests hold each model
-against the official implementations (transformers; rwkv) to 2e-4 in the logits.
+References: Gated DeltaNet arXiv 2412.06464; Mamba-2 arXiv 2405.21060; RWKV-7 arXiv 2503.14456. The tests hold each
+model against the official implementations (transformers; rwkv) to 2e-4 in the logits.
 
-Order of this file: the recurrence - an edit of the state - the three adapters - attention and MLPs - the model - loading.
+Order of this file: the recurrence - an edit of the state - the three adapters - attention and MLPs - the model -
+loading.
 """
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def wide(x: Tensor) -> Tensor:
 # 1. The recurrence
 # ---------------------------------------------------------------------------------------------------------------------
 class StepInputs(NamedTuple):
-    """The six tensors that drive one recurrent layer (the table above). The erase pair is None where nothing is erased."""
+    """The six tensors that drive one recurrent layer (the table above).
+    The erase pair is None where nothing is erased."""
     q: Tensor                         # [B, T, H, K]
     k: Tensor                         # [B, T, H, K]
     v: Tensor                         # [B, T, H, V]
@@ -71,10 +73,12 @@ def check_shapes(s: StepInputs, state: Tensor | None):
     B, T, H, K = s.q.shape
     V = s.v.shape[-1]
     if s.k.shape != s.q.shape or s.v.shape[:3] != (B, T, H):
-        raise ValueError(f"q {tuple(s.q.shape)}, k {tuple(s.k.shape)} and v {tuple(s.v.shape)} must be [B,T,H,K], [B,T,H,K] and "
-                         "[B,T,H,V]: is the head axis before the time axis, or are grouped keys not yet repeated?")
+        raise ValueError(f"q {tuple(s.q.shape)}, k {tuple(s.k.shape)} and v {tuple(s.v.shape)} must be "
+                         "[B,T,H,K], [B,T,H,K] and [B,T,H,V]: is the head axis before the time axis, or are grouped "
+                         "keys not yet repeated?")
     if s.log_decay.shape not in ((B, T, H, 1), (B, T, H, K)):
-        raise ValueError(f"log_decay is {tuple(s.log_decay.shape)}, allowed are [B,T,H,1] and [B,T,H,K]: is the last axis missing?")
+        raise ValueError(f"log_decay is {tuple(s.log_decay.shape)}, allowed are [B,T,H,1] and [B,T,H,K]: "
+                         "is the last axis missing?")
     if state is not None and state.shape != (B, H, K, V):
         raise ValueError(f"state is {tuple(state.shape)}, must be [B,H,K,V] = {(B, H, K, V)}: is it value first?")
 
@@ -103,7 +107,8 @@ def recurrence(s: StepInputs, state: Tensor | None = None) -> tuple[Tensor, Tens
 
 
 def states(s: StepInputs, state: Tensor | None = None) -> Tensor:
-    """The state after every token, S_1 .. S_T: [B, T, H, K, V]. (T times the memory of `recurrence`, whose steps these are.)"""
+    """The state after every token, S_1 .. S_T: [B, T, H, K, V].
+    (T times the memory of `recurrence`, whose steps these are.)"""
     all_states = []
     for t in range(s.q.shape[1]):
         _, state = recurrence(s.slice(slice(t, t + 1)), state)
@@ -112,10 +117,11 @@ def states(s: StepInputs, state: Tensor | None = None) -> Tensor:
 
 
 def decayed_scores(x: Tensor, log_x: Tensor, y: Tensor, log_y: Tensor, mask: Tensor) -> Tensor:
-    """M_ij = Σ_c x_ic exp(log_x_ic − log_y_jc) y_jc where mask_ij, else 0. x, y [..., C, K], logs [..., C, 1|K] -> [..., C, C].
+    """M_ij = Σ_c x_ic exp(log_x_ic − log_y_jc) y_jc where mask_ij, else 0.
+    x, y [..., C, K], logs [..., C, 1|K] -> [..., C, C].
 
-    Only differences of logs are exponentiated. One decay per head: the factor leaves the sum, exact for any decay. One per
-    channel: both sides are measured from the middle of the chunk (C ≤ 16 and a decay ≥ 0.545 stay far inside fp32).
+    Only differences of logs are exponentiated. One decay per head: the factor leaves the sum, exact for any decay. One
+    per channel: both sides are measured from the middle of the chunk (C ≤ 16 and a decay ≥ 0.545 stay far inside fp32).
     """
     if log_x.shape[-1] == 1:
         return (x @ y.mT) * (log_x - log_y.mT).masked_fill(~mask, -math.inf).exp()
@@ -126,42 +132,46 @@ def decayed_scores(x: Tensor, log_x: Tensor, y: Tensor, log_y: Tensor, mask: Ten
 def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """The same result as `recurrence`, by matrix products over chunks of C tokens.
 
-    Write w_t = S_{t-1}ᵀ erase_in_t for what the erase looks up at t, and L for the log decays summed from the chunk's start.
-    Unrolled inside a chunk that starts from state S,
+    Write w_t = S_{t-1}ᵀ erase_in_t for what the erase looks up at t, and L for the log decays summed from the chunk's
+    start. Unrolled inside a chunk that starts from state S,
 
         S_t = e^{L_t} S + Σ_{j≤t} e^{L_t − L_j} (k_j v_jᵀ − erase_out_j w_jᵀ)
 
-    so w solves a triangular system, (I + M) w = [erase_in·k] v + [e^{L} erase_in] S, with M the decayed scores of erase_in
-    against erase_out, and w = w1 + w2 S is affine in S. Then so is all else: a whole chunk is one step of the same recurrence,
+    so w solves a triangular system, (I + M) w = [erase_in·k] v + [e^{L} erase_in] S, with M the decayed scores of
+    erase_in against erase_out, and w = w1 + w2 S is affine in S. Then so is all else: a whole chunk is one step of the
+    same recurrence,
 
         o = o1 + o2 S        S ← S2 S + S1
 
-    with S2 [K, K] the product of its transitions and S1 [K, V] its writes. Only that last line is sequential. Arguments and
-    results as for `recurrence`; chunk: tokens per chunk, default 32 with one decay per head, 16 with one per channel.
+    with S2 [K, K] the product of its transitions and S1 [K, V] its writes. Only that last line is sequential. Arguments
+    and results as for `recurrence`; chunk: tokens per chunk, default 32 with one decay per head, 16 with one per
+    channel.
     """
     check_shapes(s, state)
     B, T, H, K = s.q.shape
     V = s.v.shape[-1]
     C = min(T, chunk or (32 if s.log_decay.shape[-1] == 1 else 16))
-    N = -(-T // C)                                                                # number of chunks, the last one padded:
-    split = lambda x: F.pad(x, (0, 0, 0, 0, 0, N * C - T)).view(B, N, C, H, -1).permute(1, 0, 3, 2, 4)  # zeros change nothing
-    q, k, v, log_decay = map(split, s[:4])                                        # [N, B, H, C, ·]
-    L = log_decay.cumsum(-2)                                                      # up to and with each token
-    before = L - log_decay                                                        # up to the token before
-    end = L[..., -1:, :]                                                          # the whole chunk
-    upto = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()             # j ≤ i
+    N = -(-T // C)                                                          # number of chunks, the last one padded:
+    # zeros change nothing
+    split = lambda x: F.pad(x, (0, 0, 0, 0, 0, N * C - T)).view(B, N, C, H, -1).permute(1, 0, 3, 2, 4)
+    q, k, v, log_decay = map(split, s[:4])                                  # [N, B, H, C, ·]
+    L = log_decay.cumsum(-2)                                                # up to and with each token
+    before = L - log_decay                                                  # up to the token before
+    end = L[..., -1:, :]                                                    # the whole chunk
+    upto = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()       # j ≤ i
 
-    from_k = decayed_scores(q, L, k, L, upto)                                     # o without erase: from this chunk's writes,
-    o1, o2 = from_k @ v, q * L.exp()                                              # and from the state before it
+    from_k = decayed_scores(q, L, k, L, upto)                               # o without erase: from this chunk's writes,
+    o1, o2 = from_k @ v, q * L.exp()                                        # and from the state before it
     to_end = k * (end - L).exp()
     S1 = to_end.mT @ v
     S2 = torch.diag_embed(end.squeeze(-2).exp().expand(N, B, H, K))
     if s.erase_in is not None:
         erase_in, erase_out = split(s.erase_in), split(s.erase_out)
-        strictly = upto.tril(-1)                                                  # j < i
+        strictly = upto.tril(-1)                                            # j < i
         M = decayed_scores(erase_in, before, erase_out, L, strictly)
         found = decayed_scores(erase_in, before, k, L, strictly) @ v
-        w = torch.linalg.solve_triangular(M, torch.cat([found, erase_in * before.exp()], -1), upper=False, unitriangular=True)
+        w = torch.linalg.solve_triangular(M, torch.cat([found, erase_in * before.exp()], -1), upper=False,
+                                          unitriangular=True)
         w1, w2 = w.split([V, K], -1)
         from_erase = decayed_scores(q, L, erase_out, L, upto)
         o1, o2 = o1 - from_erase @ w1, o2 - from_erase @ w2
@@ -169,11 +179,11 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | 
         S1, S2 = S1 - to_end.mT @ w1, S2 - to_end.mT @ w2
 
     S = v.new_zeros(B, H, K, V) if state is None else state
-    starts = []                                                                   # the state before each chunk
+    starts = []                                                             # the state before each chunk
     for n in range(N):
         starts.append(S)
         S = S2[n] @ S + S1[n]
-    o = o1 + o2 @ torch.stack(starts)                                             # [N, B, H, C, V]
+    o = o1 + o2 @ torch.stack(starts)                                       # [N, B, H, C, V]
     return o.permute(1, 0, 3, 2, 4).reshape(B, N * C, H, V)[:, :T], S
 
 
@@ -181,7 +191,8 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | 
 # 2. An edit of the state
 # ---------------------------------------------------------------------------------------------------------------------
 class Edit(NamedTuple):
-    """Add key valueᵀ to a head's state right after the write of one token. Deleting the native write is Edit(…, -k, v)."""
+    """Add key valueᵀ to a head's state right after the write of one token.
+    Deleting the native write is Edit(…, -k, v)."""
     layer: int
     head: int
     position: int      # absolute, counted from the first token ever fed (so with a cache: from the cache's start)
@@ -196,26 +207,27 @@ def propagate(key: Tensor, s: StepInputs) -> tuple[Tensor, Tensor]:
 
         u_t = key        u_s = A_s u_{s-1}        δo_s = (u_s · q_s) y
 
-    This is the recurrence itself with a value size of 1, driven by the single write (key, 1) at the first step. Replacement,
-    the logit formula and steering all stand on this function.
+    This is the recurrence itself with a value size of 1, driven by the single write (key, 1) at the first step.
+    Replacement, the logit formula and steering all stand on this function.
 
-    key [B, K]; s: the six tensors of the edited head, H = 1, from the edited token on. Returns gain [B, T], the u_s · q_s,
-    and the last u [B, K].
+    key [B, K]; s: the six tensors of the edited head, H = 1, from the edited token on. Returns gain [B, T], the u_s ·
+    q_s, and the last u [B, K].
     """
     T = s.q.shape[1]
-    impulse = lambda x: F.pad(x[:, None, None], (0, 0, 0, 0, 0, T - 1))            # [B, ·] -> [B, T, 1, ·], zero after step 0
+    impulse = lambda x: F.pad(x[:, None, None], (0, 0, 0, 0, 0, T - 1))      # [B, ·] -> [B, T, 1, ·], zero after step 0
     gain, u = recurrence_chunked(s._replace(k=impulse(key), v=impulse(torch.ones_like(key[:, :1]))))
     return gain[..., 0, 0], u[:, 0, :, 0]
 
 
 def apply_edits(o: Tensor, state: Tensor, s: StepInputs, start: int, edits: list[Edit]) -> tuple[Tensor, Tensor]:
-    """Add the edits of one layer to its reads o [B, T, H, V] and its last state [B, H, K, V]; start: position of o's first token."""
+    """Add the edits of one layer to its reads o [B, T, H, V] and its last state [B, H, K, V];
+    start: position of o's first token."""
     B, T, H, _ = o.shape
     delta_o, delta_state = torch.zeros_like(o), torch.zeros_like(state)
-    for e in edits:                                     # the sum comes first, so an edit and its opposite cancel to the bit
+    for e in edits:                                 # the sum comes first, so an edit and its opposite cancel to the bit
         t = e.position - start
         gain, u = propagate(e.key.expand(B, -1), s.slice(slice(t, None), slice(e.head, e.head + 1)))
-        gain = F.pad(gain, (t, 0))                      # nothing before the edit
+        gain = F.pad(gain, (t, 0))                  # nothing before the edit
         this_head = F.one_hot(torch.tensor(e.head), H).to(o)
         value = e.value.expand(B, -1)
         delta_o = delta_o + torch.einsum("bt,h,bv->bthv", gain, this_head, value)
@@ -232,7 +244,8 @@ def apply_edits(o: Tensor, state: Tensor, s: StepInputs, start: int, edits: list
 def causal_conv(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """silu of a causal depthwise convolution: y_t = Σ_i weight_i x_{t-W+1+i}; the last tap meets the current token.
 
-    x [B, T, C], tail [B, W-1, C] the inputs just before x, weight [C, 1, W] as PyTorch's Conv1d. Returns y and the new tail.
+    x [B, T, C], tail [B, W-1, C] the inputs just before x, weight [C, 1, W] as PyTorch's Conv1d. Returns y and the new
+    tail.
     """
     T, W = x.shape[1], weight.shape[-1]
     padded = torch.cat([tail, x], 1)
@@ -254,7 +267,8 @@ class RMSNorm(nn.Module):
 
 
 class ConvWeights(nn.Module):
-    """Only the parameters of a depthwise convolution, under the names that checkpoints use; `causal_conv` does the work."""
+    """Only the parameters of a depthwise convolution, under the names that checkpoints use;
+    `causal_conv` does the work."""
 
     def __init__(self, channels: int, width: int, bias: bool):
         super().__init__()
@@ -265,11 +279,13 @@ class ConvWeights(nn.Module):
 class GatedDeltaNet(nn.Module):
     """Qwen3.5's linear-attention layer (arXiv 2412.06464, eq. 10): S_t = α_t (I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ.
 
-    q|k|v = silu(conv(W_qkv h)), each head's q and k to unit length; β = σ(W_b h); α = exp(−e^{A_log} softplus(W_a h + dt_bias)).
-    Output: RMSNorm over each head, then times silu(z), then W_out. Value head j reads with key head ⌊j / (value/key heads)⌋.
+    q|k|v = silu(conv(W_qkv h)), each head's q and k to unit length; β = σ(W_b h); α = exp(−e^{A_log} softplus(W_a h +
+    dt_bias)). Output: RMSNorm over each head, then times silu(z), then W_out.
+    Value head j reads with key head ⌊j / (value/key heads)⌋.
     """
 
-    def __init__(self, width: int, key_heads: int, value_heads: int, K: int, V: int, conv_width: int = 4, eps: float = 1e-6):
+    def __init__(self, width: int, key_heads: int, value_heads: int, K: int, V: int, conv_width: int = 4,
+                 eps: float = 1e-6):
         super().__init__()
         self.key_heads, self.heads, self.K, self.V = key_heads, value_heads, K, V
         self.channels = 2 * key_heads * K + value_heads * V
@@ -300,7 +316,8 @@ class GatedDeltaNet(nn.Module):
         key_size = self.key_heads * self.K
         q, k, v = wide(qkv).split([key_size, key_size, self.heads * self.V], -1)
         unit = lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
-        per_head = lambda x: unit(x.view(B, T, self.key_heads, self.K)).repeat_interleave(self.heads // self.key_heads, 2)
+        per_head = lambda x: unit(x.view(B, T, self.key_heads, self.K)).repeat_interleave(
+            self.heads // self.key_heads, 2)
         q, k, v = per_head(q) * self.K ** -0.5, per_head(k), v.view(B, T, self.heads, self.V)
         beta = wide(self.in_proj_b(h)).sigmoid().unsqueeze(-1)                                  # [B, T, H, 1]
         log_alpha = -wide(self.A_log).exp() * F.softplus(wide(self.in_proj_a(h)) + wide(self.dt_bias))
@@ -418,7 +435,8 @@ class RWKV7(nn.Module):
                 "tail": like.new_zeros(B, 1, self.x_r.numel())}
 
     def inputs(self, h: Tensor, cache: dict, v_first: Tensor | None):
-        """h [B, T, D], v_first [B, T, H, V] (None in layer 0, which makes it) -> the six tensors, the gate g, the new tail."""
+        """h [B, T, D], v_first [B, T, H, V] (None in layer 0, which makes it) -> the six tensors, the gate g,
+        the new tail."""
         B, T, _ = h.shape
         shift, tail = token_shift(h, cache["tail"])
         m_r, m_w, m_k, m_v, m_a, m_g = (h + shift * getattr(self, f"x_{c}") for c in "rwkvag")
@@ -447,7 +465,8 @@ class RWKV7(nn.Module):
 # 4. The rest of a block: Qwen3.5's gated attention (every 4th layer), and the MLPs
 # ---------------------------------------------------------------------------------------------------------------------
 class GatedAttention(nn.Module):
-    """Qwen3.5's full-attention layer: grouped keys, RMSNorm on q and k, partial rotary positions, a sigmoid gate on the result.
+    """Qwen3.5's full-attention layer: grouped keys, RMSNorm on q and k, partial rotary positions,
+    a sigmoid gate on the result.
 
     Not recurrent: it has no state to edit, and its cache grows with the text.
     """
@@ -468,7 +487,8 @@ class GatedAttention(nn.Module):
         return {"keys": nothing, "values": nothing}
 
     def rotate(self, x: Tensor, start: int) -> Tensor:
-        """Rotary positions on the first `rotary` channels of x [B, T, heads, size]: channel i turns with channel i + rotary/2."""
+        """Rotary positions on the first `rotary` channels of x [B, T, heads, size]:
+        channel i turns with channel i + rotary/2."""
         T, half = x.shape[1], self.rotary // 2
         frequency = self.theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
         angle = torch.arange(start, start + T, device=x.device)[:, None, None] * frequency       # [T, 1, half]
@@ -485,11 +505,11 @@ class GatedAttention(nn.Module):
         k = self.rotate(self.k_norm(self.k_proj(h).view(B, T, self.key_heads, self.size)), start)
         k = torch.cat([cache["keys"], k], 1)
         v = torch.cat([cache["values"], self.v_proj(h).view(B, T, self.key_heads, self.size)], 1)
-        q = q.unflatten(2, (self.key_heads, -1))                                                  # heads as groups of key heads
+        q = q.unflatten(2, (self.key_heads, -1))                                          # heads as groups of key heads
         scores = wide(torch.einsum("btgrd,bsgd->bgrts", q, k)) * self.size ** -0.5
-        past = torch.ones(T, start + T, dtype=torch.bool, device=h.device).tril(start)            # s ≤ start + t
+        past = torch.ones(T, start + T, dtype=torch.bool, device=h.device).tril(start)    # s ≤ start + t
         weights = scores.masked_fill(~past, -math.inf).softmax(-1).to(v.dtype)
-        y = torch.einsum("bgrts,bsgd->btgrd", weights, v).flatten(2)                              # [B, T, heads · size]
+        y = torch.einsum("bgrts,bsgd->btgrd", weights, v).flatten(2)                      # [B, T, heads · size]
         return self.o_proj(y * gate.flatten(2).sigmoid()), {"keys": k, "values": v}
 
 
@@ -556,7 +576,8 @@ class Cache(NamedTuple):
 class Block(nn.Module):
     """x + mixer(norm1(x)), then x + mlp(norm2(x)) where there is an MLP."""
 
-    def __init__(self, mixer: nn.Module, norm1: nn.Module, mlp: nn.Module | None = None, norm2: nn.Module | None = None):
+    def __init__(self, mixer: nn.Module, norm1: nn.Module, mlp: nn.Module | None = None,
+                 norm2: nn.Module | None = None):
         super().__init__()
         self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp
 
@@ -570,7 +591,8 @@ class Block(nn.Module):
         return self.mixer.empty_cache(B, like) | (self.mlp.empty_cache(B, like) if self.mlp is not None else {})
 
     def mix(self, stream: Stream, cache: dict, start: int = 0, edits: list[Edit] = ()) -> tuple[Stream, dict]:
-        """The first half, x + mixer(norm1(x)), over T tokens, the first at position start; and the mixer's new cache."""
+        """The first half, x + mixer(norm1(x)), over T tokens, the first at position start;
+        and the mixer's new cache."""
         x, v_first = stream
         h = self.norm1(x)
         if not self.recurrent:
@@ -623,7 +645,8 @@ class LanguageModel(nn.Module):
         return [i for i, block in enumerate(self.layers) if block.recurrent]
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, edits=()) -> tuple[Tensor, Cache]:
-        """tokens [B, T] (after those in cache) -> logits [B, T, vocab] and the new cache. Nothing passed in is changed."""
+        """tokens [B, T] (after those in cache) -> logits [B, T, vocab] and the new cache.
+        Nothing passed in is changed."""
         stream, cache = self.run(self.embed(tokens), cache, edits)
         return self.unembed(stream), cache
 
@@ -633,9 +656,11 @@ class LanguageModel(nn.Module):
         return Stream(x if self.embed_norm is None else self.embed_norm(x))
 
     def run(self, stream: Stream, cache: Cache | None = None, edits=(), first: int = 0, last: int | None = None):
-        """Layers first ≤ i < last, from the stream at the input of layer `first`. Returns the stream after them, the cache.
+        """Layers first ≤ i < last, from the stream at the input of layer `first`.
+        Returns the stream after them, the cache.
 
-        Only those layers' caches are read and renewed. Raises ValueError if an edit falls outside these tokens or layers.
+        Only those layers' caches are read and renewed. Raises ValueError if an edit falls outside these tokens or
+        layers.
         """
         B, T, _ = stream.x.shape
         last = len(self.layers) if last is None else last
@@ -664,8 +689,10 @@ class LanguageModel(nn.Module):
     def check_cell(self, layer: int, head: int):
         """Raise ValueError unless layer is recurrent and has this head."""
         if layer not in self.recurrent_layers:
-            kind = "full attention, it keeps no state" if 0 <= layer < len(self.layers) else f"not one of 0..{len(self.layers) - 1}"
-            raise InputError(f"layer {layer} of {self.name} is {kind}; recurrent layers: {', '.join(map(str, self.recurrent_layers))}")
+            kind = ("full attention, it keeps no state" if 0 <= layer < len(self.layers) else
+                    f"not one of 0..{len(self.layers) - 1}")
+            raise InputError(f"layer {layer} of {self.name} is {kind}; recurrent layers: "
+                             f"{', '.join(map(str, self.recurrent_layers))}")
         heads = self.layers[layer].mixer.heads
         if not 0 <= head < heads:
             raise InputError(f"head {head} of {self.name}: layer {layer} has heads 0..{heads - 1}")
@@ -675,15 +702,16 @@ class LanguageModel(nn.Module):
         self.check_cell(e.layer, e.head)
         mixer = self.layers[e.layer].mixer
         if not (first <= e.layer < last and start <= e.position < start + T):
-            raise InputError(f"edit at layer {e.layer}, position {e.position}: this call runs layers {first}..{last - 1} over "
-                             f"positions {start}..{start + T - 1}")
+            raise InputError(f"edit at layer {e.layer}, position {e.position}: this call runs layers "
+                             f"{first}..{last - 1} over positions {start}..{start + T - 1}")
         if e.key.shape[-1] != mixer.K or e.value.shape[-1] != mixer.V:
             raise InputError(f"edit with key [{e.key.shape[-1]}] and value [{e.value.shape[-1]}]: the head's state is "
                              f"[K, V] = [{mixer.K}, {mixer.V}], key first")
 
 
 def build(config: dict) -> LanguageModel:
-    """An untrained model of the shape that a config.json describes (its weights are zeros and noise until they are loaded)."""
+    """An untrained model of the shape that a config.json describes (its weights are zeros and noise
+    until they are loaded)."""
     kind = config.get("model_type", "mamba2" if "ssm_cfg" in config else None)
     kind = {"qwen3_5": "qwen3_5_text", "rwkv7_fla": "rwkv7"}.get(kind, kind)
     builders = {"qwen3_5_text": build_qwen, "mamba2": build_mamba2, "rwkv7": build_rwkv7}
@@ -693,7 +721,8 @@ def build(config: dict) -> LanguageModel:
 
 
 def build_qwen(c: dict, outer: dict) -> LanguageModel:
-    """Qwen3.5: Gated DeltaNet, with gated attention in every 4th layer. c: the text model's config, outer: the file's."""
+    """Qwen3.5: Gated DeltaNet, with gated attention in every 4th layer.
+    c: the text model's config, outer: the file's."""
     D, eps = c["hidden_size"], c.get("rms_norm_eps", 1e-6)
     n, every = c["num_hidden_layers"], c.get("full_attention_interval", 4)
     types = c.get("layer_types") or ["linear_attention" if (i + 1) % every else "full_attention" for i in range(n)]
@@ -703,7 +732,8 @@ def build_qwen(c: dict, outer: dict) -> LanguageModel:
 
     def block(kind: str) -> Block:
         if kind == "full_attention":
-            mixer = GatedAttention(D, c["num_attention_heads"], c["num_key_value_heads"], size, rotary, rope["rope_theta"], eps)
+            mixer = GatedAttention(D, c["num_attention_heads"], c["num_key_value_heads"], size, rotary,
+                                   rope["rope_theta"], eps)
         else:
             mixer = GatedDeltaNet(D, c["linear_num_key_heads"], c["linear_num_value_heads"], c["linear_key_head_dim"],
                                   c["linear_value_head_dim"], c.get("linear_conv_kernel_dim", 4), eps)
@@ -716,17 +746,21 @@ def build_qwen(c: dict, outer: dict) -> LanguageModel:
 def build_mamba2(c: dict, _) -> LanguageModel:
     """Mamba-2: one mixer per block, no MLP."""
     D, eps = c["hidden_size"], c.get("layer_norm_epsilon", 1e-5)
-    limit = [float(x["__float__"]) if isinstance(x, dict) else float(x) for x in c.get("time_step_limit", (0.0, math.inf))]
-    mixer = lambda: Mamba2(D, c["num_heads"], c["n_groups"], c["state_size"], c["head_dim"], c.get("conv_kernel", 4), eps,
+    limit = [float(x["__float__"]) if isinstance(x, dict) else float(x)
+             for x in c.get("time_step_limit", (0.0, math.inf))]
+    mixer = lambda: Mamba2(D, c["num_heads"], c["n_groups"], c["state_size"], c["head_dim"],
+                           c.get("conv_kernel", 4), eps,
                            tuple(limit), c.get("use_bias", False), c.get("use_conv_bias", True))
     blocks = [Block(mixer(), RMSNorm(D, eps)) for _ in range(c["num_hidden_layers"])]
-    return LanguageModel("mamba2", c["vocab_size"], D, blocks, RMSNorm(D, eps), tied=c.get("tie_word_embeddings", False))
+    return LanguageModel("mamba2", c["vocab_size"], D, blocks, RMSNorm(D, eps),
+                         tied=c.get("tie_word_embeddings", False))
 
 
 def build_rwkv7(c: dict, _) -> LanguageModel:
     """RWKV-7: time mixing and channel mixing, LayerNorms with bias, one more of them after the embedding."""
     D, K, eps = c["hidden_size"], c["head_dim"], c.get("norm_eps", 1e-5)
-    ranks = {"w": c["decay_low_rank_dim"], "a": c["a_low_rank_dim"], "v": c["v_low_rank_dim"], "g": c["gate_low_rank_dim"]}
+    ranks = {"w": c["decay_low_rank_dim"], "a": c["a_low_rank_dim"], "v": c["v_low_rank_dim"],
+             "g": c["gate_low_rank_dim"]}
     norm = lambda: nn.LayerNorm(D, eps)
     inner = c.get("intermediate_size") or int(D * c.get("hidden_ratio", 4))
     blocks = [Block(RWKV7(D, D // K, K, K, ranks, i == 0, K * eps), norm(), ChannelMix(D, inner), norm())
@@ -739,14 +773,16 @@ def build_rwkv7(c: dict, _) -> LanguageModel:
 # ---------------------------------------------------------------------------------------------------------------------
 #: From our parameter names to the checkpoints', applied in this order. Below a mixer or an MLP the names are the same.
 HUB_NAMES = {
-    "gdn": [(r"^embedding", "model.embed_tokens"), (r"^norm", "model.norm"), (r"^head", "lm_head"), (r"^layers", "model.layers"),
-            (r"\.norm1\.", ".input_layernorm."), (r"\.norm2\.", ".post_attention_layernorm."),
+    "gdn": [(r"^embedding", "model.embed_tokens"), (r"^norm", "model.norm"), (r"^head", "lm_head"),
+            (r"^layers", "model.layers"), (r"\.norm1\.", ".input_layernorm."),
+            (r"\.norm2\.", ".post_attention_layernorm."),
             (r"\.mixer\.(?=[qkvo]_)", ".self_attn."), (r"\.mixer\.", ".linear_attn.")],
     "mamba2": [(r"^embedding", "backbone.embeddings"), (r"^norm", "backbone.norm_f"), (r"^head", "lm_head"),
                (r"^layers", "backbone.layers"), (r"\.norm1\.", ".norm.")],
-    "rwkv7": [(r"^embedding", "model.embeddings"), (r"^embed_norm", "model.layers.0.pre_norm"), (r"^norm", "model.norm"),
-              (r"^head", "lm_head"), (r"^layers", "model.layers"), (r"\.norm1\.", ".attn_norm."), (r"\.norm2\.", ".ffn_norm."),
-              (r"\.mixer\.", ".attn."), (r"\.mlp\.", ".ffn.")],
+    "rwkv7": [(r"^embedding", "model.embeddings"), (r"^embed_norm", "model.layers.0.pre_norm"),
+              (r"^norm", "model.norm"), (r"^head", "lm_head"), (r"^layers", "model.layers"),
+              (r"\.norm1\.", ".attn_norm."), (r"\.norm2\.", ".ffn_norm."), (r"\.mixer\.", ".attn."),
+              (r"\.mlp\.", ".ffn.")],
 }
 SKIPPED = ("model.visual.", "mtp.")       # Qwen3.5's image encoder and its multi-token predictor
 
@@ -770,29 +806,34 @@ def load(name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dty
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             config = json.load(f)
     except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{name_or_path}: no readable config.json ({error}); give a folder or hub id that has one") from None
+        raise InputError(f"{name_or_path}: no readable config.json ({error}); "
+                         "give a folder or hub id that has one") from None
     tensors = read_tensors(folder, dtype)
     try:
         config = complete_config(config, tensors)
-        with torch.device("meta"):                   # shapes only: the file's tensors are then taken as they are, not copied
+        with torch.device("meta"):              # shapes only: the file's tensors are then taken as they are, not copied
             model = build(config)
     except KeyError as missing:
-        raise InputError(f"{folder}: config.json or the weights lack {missing}; is this a {config.get('model_type')} checkpoint?") from None
+        raise InputError(f"{folder}: config.json or the weights lack {missing}; "
+                         f"is this a {config.get('model_type')} checkpoint?") from None
     weights = {}
     for ours, parameter in model.named_parameters():
         theirs = hub_name(model.architecture, ours)
         if theirs not in tensors:
-            raise InputError(f"{folder}: tensor {theirs} is missing; is the download complete, is config.json this model's?")
+            raise InputError(f"{folder}: tensor {theirs} is missing; "
+                             "is the download complete, is config.json this model's?")
         tensor = tensors.pop(theirs)
-        if tensor.shape != parameter.shape and tensor.squeeze().shape != parameter.shape:      # fla keeps x_r as [1, 1, D]
-            raise InputError(f"{folder}: tensor {theirs} is {list(tensor.shape)}, config.json asks for {list(parameter.shape)}")
+        if tensor.shape != parameter.shape and tensor.squeeze().shape != parameter.shape:   # fla keeps x_r as [1, 1, D]
+            raise InputError(f"{folder}: tensor {theirs} is {list(tensor.shape)}, config.json asks for "
+                             f"{list(parameter.shape)}")
         if not tensor.isfinite().all():
             raise InputError(f"{folder}: tensor {theirs} holds NaN or Inf; download the file again")
         weights[ours] = tensor.reshape(parameter.shape)
     if model.head is None:
         tensors.pop("lm_head.weight", None)
     if tensors:
-        raise InputError(f"{folder}: unexpected tensor {min(tensors)} ({len(tensors)} in all); the three known layouts have no such name")
+        raise InputError(f"{folder}: unexpected tensor {min(tensors)} ({len(tensors)} in all); the three known layouts "
+                         "have no such name")
     model.load_state_dict(weights, assign=True)
     model.name, model.folder = str(name_or_path), folder
     return model.requires_grad_(False).eval().to(device)
@@ -803,19 +844,24 @@ def find_folder(name_or_path: str) -> str:
     if os.path.isdir(name_or_path):
         return name_or_path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
-        raise InputError(f"{name_or_path!r} is neither a folder nor a hub id (owner/name), nor one of gdn, mamba2, rwkv7")
+        raise InputError(f"{name_or_path!r} is neither a folder nor a hub id (owner/name), "
+                         "nor one of gdn, mamba2, rwkv7")
     import huggingface_hub
     import huggingface_hub.errors as hub_errors
     try:
-        return huggingface_hub.snapshot_download(name_or_path, allow_patterns=["*.json", "*.safetensors", "rwkv_vocab*.txt"])
-    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError, OSError) as error:
+        return huggingface_hub.snapshot_download(name_or_path,
+                                                 allow_patterns=["*.json", "*.safetensors", "rwkv_vocab*.txt"])
+    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError,
+            OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name_or_path} is no folder here and could not be fetched from the hub ({type(error).__name__}: "
-                         f"{reason[:120]}); check the name and the network, or give a local folder") from None
+        raise InputError(f"{name_or_path} is no folder here and could not be fetched from the hub "
+                         f"({type(error).__name__}: {reason[:120]}); check the name and the network, "
+                         "or give a local folder") from None
 
 
 def read_tensors(folder: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of a folder's safetensors files (model.safetensors, or the shards of its index), names made uniform."""
+    """Every tensor of a folder's safetensors files (model.safetensors, or the shards of its index),
+    names made uniform."""
     from safetensors import SafetensorError, safe_open
     index, single = os.path.join(folder, "model.safetensors.index.json"), os.path.join(folder, "model.safetensors")
     if os.path.exists(index):
@@ -825,47 +871,56 @@ def read_tensors(folder: str, dtype: torch.dtype) -> dict[str, Tensor]:
         files = ["model.safetensors"]
     else:
         pickles = [name for name in sorted(os.listdir(folder)) if name.endswith((".bin", ".pth", ".pt", ".ckpt"))]
-        why = f"{pickles[0]} is a pickle, which can run code when it is opened" if pickles else "no model.safetensors, no index"
-        raise InputError(f"{folder}: {why}; take a safetensors conversion, such as AntonV/mamba2-370m-hf or fla-hub/rwkv7-1.5B-world")
+        why = (f"{pickles[0]} is a pickle, which can run code when it is opened" if pickles else
+               "no model.safetensors, no index")
+        raise InputError(f"{folder}: {why}; take a safetensors conversion, such as AntonV/mamba2-370m-hf or "
+                         "fla-hub/rwkv7-1.5B-world")
     tensors = {}
     for file in files:
         try:
             with safe_open(os.path.join(folder, file), "pt") as f:
                 for name in f.keys():
-                    uniform = name.replace("model.language_model.", "model.").replace("backbone.embedding.", "backbone.embeddings.")
+                    uniform = name.replace("model.language_model.", "model.").replace(
+                        "backbone.embedding.", "backbone.embeddings.")
                     if uniform.startswith(SKIPPED):
                         continue
-                    if uniform.endswith(".attn.x_x"):                              # RWKV-7's six mixes packed as [6, ..., D]
+                    if uniform.endswith(".attn.x_x"):                         # RWKV-7's six mixes packed as [6, ..., D]
                         packed = f.get_tensor(name).to(dtype)
                         tensors |= {uniform[:-1] + c: packed[i].reshape(-1) for i, c in enumerate("rwkvag")}
                     else:
                         tensors[uniform] = f.get_tensor(name).to(dtype)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{os.path.join(folder, file)}: cannot be read ({error}); is the download complete?") from None
+            raise InputError(f"{os.path.join(folder, file)}: cannot be read ({error}); "
+                             "is the download complete?") from None
     return tensors
 
 
 def complete_config(config: dict, tensors: dict[str, Tensor]) -> dict:
-    """Fill in what a config.json leaves to the tensors' shapes: mamba_ssm's sizes, RWKV-7's ranks, whether the head is tied."""
+    """Fill in what a config.json leaves to the tensors' shapes:
+    mamba_ssm's sizes, RWKV-7's ranks, whether the head is tied."""
     shape = lambda name: tensors[name].shape
     text = dict(config.get("text_config", config))
     if "lm_head.weight" not in tensors:
         text["tie_word_embeddings"] = config["tie_word_embeddings"] = True
     if "ssm_cfg" in config:                                                         # mamba_ssm's config.json
         layer = "backbone.layers.0.mixer."
-        inner, heads, groups = shape(layer + "out_proj.weight")[1], shape(layer + "dt_bias")[0], config["ssm_cfg"].get("ngroups", 1)
-        text = dict(model_type="mamba2", hidden_size=config["d_model"], num_hidden_layers=config["n_layer"], num_heads=heads,
+        inner, heads, groups = (shape(layer + "out_proj.weight")[1], shape(layer + "dt_bias")[0],
+                                config["ssm_cfg"].get("ngroups", 1))
+        text = dict(model_type="mamba2", hidden_size=config["d_model"], num_hidden_layers=config["n_layer"],
+                    num_heads=heads,
                     head_dim=inner // heads, n_groups=groups, vocab_size=shape("backbone.embeddings.weight")[0],
-                    state_size=(shape(layer + "conv1d.weight")[0] - inner) // (2 * groups), conv_kernel=shape(layer + "conv1d.weight")[-1],
+                    state_size=(shape(layer + "conv1d.weight")[0] - inner) // (2 * groups),
+                    conv_kernel=shape(layer + "conv1d.weight")[-1],
                     tie_word_embeddings="lm_head.weight" not in tensors or config.get("tie_embeddings", True))
         config = {}
     if str(config.get("model_type")).startswith("rwkv7"):
         if config.get("attn"):
-            raise InputError("RWKV-7 with attention layers (config.json: attn) is not supported; take a pure RWKV-7 checkpoint")
+            raise InputError("RWKV-7 with attention layers (config.json: attn) is not supported; "
+                             "take a pure RWKV-7 checkpoint")
         rank = lambda c, layer: shape(f"model.layers.{layer}.attn.{c}_lora.lora.0.weight")[0]
         text |= dict(decay_low_rank_dim=rank("w", 0), a_low_rank_dim=rank("a", 0), gate_low_rank_dim=rank("g", 0),
-                     v_low_rank_dim=rank("v", 1) if text["num_hidden_layers"] > 1 else 1, head_dim=text.get("head_dim") or 64,
-                     intermediate_size=shape("model.layers.0.ffn.key.weight")[0])
+                     v_low_rank_dim=rank("v", 1) if text["num_hidden_layers"] > 1 else 1,
+                     head_dim=text.get("head_dim") or 64, intermediate_size=shape("model.layers.0.ffn.key.weight")[0])
     return {**config, "text_config": text, "model_type": config.get("model_type", text.get("model_type"))}
 
 
@@ -873,7 +928,8 @@ def save(model: LanguageModel, config: dict, folder: str, dtype: torch.dtype = t
     """Write config.json and model.safetensors in the hub's layout, so that `load` and transformers open the folder."""
     from safetensors.torch import save_file
     os.makedirs(folder, exist_ok=True)
-    weights = {hub_name(model.architecture, name): p.detach().cpu().to(dtype).contiguous() for name, p in model.named_parameters()}
+    weights = {hub_name(model.architecture, name): p.detach().cpu().to(dtype).contiguous()
+               for name, p in model.named_parameters()}
     path = os.path.join(folder, "model.safetensors")
     save_file(weights, path + ".part", metadata={"format": "pt"})
     os.replace(path + ".part", path)
@@ -885,7 +941,8 @@ def save(model: LanguageModel, config: dict, folder: str, dtype: torch.dtype = t
 # 7. Text in and out, through the checkpoint's own tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 class WorldTokenizer:
-    """RWKV World's vocabulary: at each point the longest entry that matches. Each line of its file: id, Python literal, bytes."""
+    """RWKV World's vocabulary: at each point the longest entry that matches.
+    Each line of its file: id, Python literal, bytes."""
 
     def __init__(self, path: str):
         self.bytes_of = {}
@@ -932,7 +989,9 @@ def load_tokenizer(model: LanguageModel) -> HubTokenizer | WorldTokenizer:
     path = os.path.join(model.folder, "tokenizer.json")
     if os.path.exists(path):
         return HubTokenizer(path)
-    worlds = sorted(name for name in os.listdir(model.folder) if name.startswith("rwkv_vocab") and name.endswith(".txt"))
+    worlds = sorted(name for name in os.listdir(model.folder) if name.startswith("rwkv_vocab")
+                    and name.endswith(".txt"))
     if worlds:
         return WorldTokenizer(os.path.join(model.folder, worlds[-1]))
-    raise InputError(f"{model.folder}: neither tokenizer.json nor rwkv_vocab_v20230424.txt; put the model's tokenizer there")
+    raise InputError(f"{model.folder}: neither tokenizer.json nor rwkv_vocab_v20230424.txt; "
+                     "put the model's tokenizer there")

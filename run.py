@@ -1,6 +1,7 @@
 """The command line: python run.py COMMAND (--help says which, README.md says why).
 
-    replace   the replacement test on the three embedded models, or on any model: can an SAE's atom stand for a real write?
+    replace   the replacement test on the three embedded models, or on any model: can an SAE's atom stand for
+              a real write?
     formula   the logit-change formula, as a ladder from the paper's three factors to exact first and second order
     train     train an SAE on the writes of one head and save it beside its model
     pretrain  train an embedded model from nothing
@@ -27,7 +28,7 @@ from tqdm import tqdm
 import models
 import writesae
 from models import InputError, LanguageModel
-from writesae import CONDITIONS, HORIZONS, Factored, Records, WriteSAE
+from writesae import CONDITIONS, HORIZONS, Records, WriteSAE
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 EMBEDDED = ("gdn", "mamba2", "rwkv7")
@@ -52,15 +53,18 @@ def save_then_rename(write, path: str):
 def pick_device(name: str) -> torch.device:
     """"auto": a GPU where there is one."""
     try:
-        return torch.empty(0, device=("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name).device
+        return torch.empty(
+            0, device=("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used here ({str(error).splitlines()[0][:80]}); take auto or cpu") from None
+        raise InputError(f"device {name!r} cannot be used here ({str(error).splitlines()[0][:80]}); "
+                         "take auto or cpu") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text: what every Python installation carries
 # ---------------------------------------------------------------------------------------------------------------------
-SKIPPED = {"test", "tests", "site-packages", "dist-packages", "encodings", "idlelib", "lib2to3", "turtledemo", "pydoc_data"}
+SKIPPED = {"test", "tests", "site-packages", "dist-packages", "encodings", "idlelib", "lib2to3",
+           "turtledemo", "pydoc_data"}
 
 
 def python_text() -> dict[str, str]:
@@ -91,21 +95,26 @@ def split(files: dict[str, str]) -> tuple[list[str], list[str]]:
 # pretrain: the three embedded models
 # ---------------------------------------------------------------------------------------------------------------------
 COMMON = dict(vocab_size=2048, hidden_size=128, bos_token_id=0, eos_token_id=0)
-SHAPES = {   # Few heads of 32 x 32, so that one write matters; 0.9 to 1.4 million parameters, so that two CPU cores can train them.
-    "gdn": dict(model_type="qwen3_5_text", architectures=["Qwen3_5ForCausalLM"], num_hidden_layers=4, intermediate_size=384,
-                linear_num_key_heads=4, linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=32,
-                num_attention_heads=4, num_key_value_heads=2, head_dim=32, full_attention_interval=4, tie_word_embeddings=True,
+# Few heads of 32 x 32, so that one write matters; 0.9 to 1.4 million parameters, so that two CPU cores can train them.
+SHAPES = {
+    "gdn": dict(model_type="qwen3_5_text", architectures=["Qwen3_5ForCausalLM"], num_hidden_layers=4,
+                intermediate_size=384, linear_num_key_heads=4, linear_num_value_heads=4,
+                linear_key_head_dim=32, linear_value_head_dim=32, num_attention_heads=4, num_key_value_heads=2,
+                head_dim=32, full_attention_interval=4, tie_word_embeddings=True,
                 rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
                 max_position_embeddings=4096, **COMMON),
-    "mamba2": dict(model_type="mamba2", architectures=["Mamba2ForCausalLM"], num_hidden_layers=6, num_heads=8, head_dim=32,
+    "mamba2": dict(model_type="mamba2", architectures=["Mamba2ForCausalLM"], num_hidden_layers=6,
+                   num_heads=8, head_dim=32,
                    n_groups=1, state_size=32, expand=2, conv_kernel=4, chunk_size=64, tie_word_embeddings=True,
                    time_step_limit=[0.0, {"__float__": "Infinity"}], **COMMON),
-    "rwkv7": dict(model_type="rwkv7", architectures=["RWKV7ForCausalLM"], num_hidden_layers=4, head_dim=32, intermediate_size=512,
-                  decay_low_rank_dim=16, a_low_rank_dim=16, v_low_rank_dim=16, gate_low_rank_dim=32, norm_eps=1e-5, **COMMON),
+    "rwkv7": dict(model_type="rwkv7", architectures=["RWKV7ForCausalLM"], num_hidden_layers=4, head_dim=32,
+                  intermediate_size=512, decay_low_rank_dim=16, a_low_rank_dim=16, v_low_rank_dim=16,
+                  gate_low_rank_dim=32, norm_eps=1e-5, **COMMON),
 }
 CONTEXT = 512     # tokens per training window
 BATCH = 8         # windows per step: with Muon, small steps and many of them are the better use of a CPU's hours
-PEAK_LR = 1.2e-2   # for both optimisers (Muon's update is scaled to AdamW's size), after a short warm-up, then linearly to zero
+# for both optimisers (Muon's update is scaled to AdamW's size), after a short warm-up, then linearly to zero
+PEAK_LR = 1.2e-2
 
 
 def train_tokenizer(texts: list[str], vocab: int):
@@ -115,7 +124,8 @@ def train_tokenizer(texts: list[str], vocab: int):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=vocab, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
     return tokenizer
 
 
@@ -125,7 +135,8 @@ def encode_files(tokenizer, texts: list[str]) -> Tensor:
 
 
 def initialise(model: LanguageModel, generator: torch.Generator):
-    """Draw starting weights, in place: matrices ~ N(0, 1/width), maps back to the stream zero, gates as in the papers."""
+    """Draw starting weights, in place: matrices ~ N(0, 1/width), maps back to the stream zero,
+    gates as in the papers."""
     normal = lambda p, std: p.copy_(torch.randn(p.shape, generator=generator) * std)
     uniform = lambda n, low, high: low + (high - low) * torch.rand(n, generator=generator)
     inverse_softplus = lambda y: y + torch.log(-torch.expm1(-y))
@@ -137,13 +148,15 @@ def initialise(model: LanguageModel, generator: torch.Generator):
                 normal(module.weight, 0.0 if zero else module.in_features ** -0.5)
             if isinstance(module, models.ConvWeights):
                 normal(module.weight, 0.3)
-            if isinstance(module, models.GatedDeltaNet):                         # decays e^{−A Δ}: A from 1 to 16, Δ from 0.001 to 0.1
+            if isinstance(module, models.GatedDeltaNet):          # decays e^{−A Δ}: A from 1 to 16, Δ from 0.001 to 0.1
                 module.A_log.copy_(uniform(module.heads, 1, 16).log())
                 module.dt_bias.copy_(inverse_softplus(uniform(module.heads, math.log(1e-3), math.log(0.1)).exp()))
-            if isinstance(module, models.Mamba2):    # Here Δ scales the write too. The paper's 0.001 to 0.1 leaves it so small beside the
-                module.A_log.copy_(uniform(module.heads, math.log(0.1), math.log(2)))    # skip D x that a short training never uses the
-                module.dt_bias.copy_(inverse_softplus(uniform(module.heads, math.log(0.1), 0).exp()))      # state: so start with Δ from
-                module.D.zero_()                                                                           # 0.1 to 1 and no skip.
+            # Here Δ scales the write too. The paper's 0.001 to 0.1 leaves it so small beside the skip D x that a short
+            # training never uses the state: so start with Δ from 0.1 to 1 and no skip.
+            if isinstance(module, models.Mamba2):
+                module.A_log.copy_(uniform(module.heads, math.log(0.1), math.log(2)))
+                module.dt_bias.copy_(inverse_softplus(uniform(module.heads, math.log(0.1), 0).exp()))
+                module.D.zero_()
             if isinstance(module, models.RWKV7):
                 ramp = torch.linspace(0, 1, module.x_r.numel())
                 for c, power in zip("rwkvag", (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)):
@@ -161,7 +174,8 @@ def optimisers(model: LanguageModel) -> list[torch.optim.Optimizer]:
     matrix = lambda n, p: n.startswith("layers") and p.dim() == 2 and min(p.shape) >= 32
     return [torch.optim.Muon([p for n, p in model.named_parameters() if matrix(n, p)], weight_decay=0.05,
                              adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([p for n, p in model.named_parameters() if not matrix(n, p)], weight_decay=0.0, betas=(0.9, 0.95))]
+            torch.optim.AdamW([p for n, p in model.named_parameters() if not matrix(n, p)], weight_decay=0.0,
+                              betas=(0.9, 0.95))]
 
 
 def training_batch(tokens: Tensor, seed: int, step: int) -> Tensor:
@@ -175,8 +189,9 @@ def training_batch(tokens: Tensor, seed: int, step: int) -> Tensor:
 
 
 def bits_per_byte(model: LanguageModel, tokens: Tensor, bytes_per_token: float, limit: int | None = None) -> float:
-    """Held-out cross-entropy in bits per byte of text (lower is better): windows of CONTEXT tokens that move by half a window,
-    each token scored once, with at least half a window before it. limit: only so many windows, spread evenly."""
+    """Held-out cross-entropy in bits per byte of text (lower is better): windows of CONTEXT tokens that move by half a
+    window, each token scored once, with at least half a window before it. limit: only so many windows, spread
+    evenly."""
     half = CONTEXT // 2
     starts = torch.arange(0, len(tokens) - CONTEXT - 1, half)
     starts = starts[:: max(1, len(starts) // limit)] if limit else starts
@@ -185,7 +200,8 @@ def bits_per_byte(model: LanguageModel, tokens: Tensor, bytes_per_token: float, 
         for chunk in starts.split(16):
             x = tokens[chunk[:, None] + torch.arange(CONTEXT + 1)].to(model.device)
             logits = model(x[:, :-1])[0][:, half:]
-            nats.append(F.cross_entropy(logits.flatten(0, 1).float(), x[:, half + 1:].flatten(), reduction="none").cpu())
+            nats.append(F.cross_entropy(logits.flatten(0, 1).float(), x[:, half + 1:].flatten(),
+                                        reduction="none").cpu())
     return torch.cat(nats).mean().item() / math.log(2) / bytes_per_token
 
 
@@ -209,9 +225,9 @@ def pretrain_one(name: str, args):
     initialise(model, torch.Generator().manual_seed(args.seed))
     opts = optimisers(model)
     step, steps = 0, max(1, (50_000 if args.quick else args.tokens) // (CONTEXT * BATCH))
-    say(f"pretrain {name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tokens):,} training tokens, "
-        f"{len(test_tokens):,} held out ({bytes_per_token:.2f} bytes each), {steps:,} steps of {BATCH} x {CONTEXT} tokens, {device}, "
-        f"bf16 products (fp32 weights and recurrence), seed {args.seed}")
+    say(f"pretrain {name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tokens):,} "
+        f"training tokens, {len(test_tokens):,} held out ({bytes_per_token:.2f} bytes each), {steps:,} steps of "
+        f"{BATCH} x {CONTEXT} tokens, {device}, bf16 products (fp32 weights and recurrence), seed {args.seed}")
     if os.path.exists(resume):
         saved = torch.load(resume, weights_only=True, map_location=device)
         if saved["steps"] == steps:
@@ -237,10 +253,13 @@ def pretrain_one(name: str, args):
         done = step + 1
         if done % 200 == 0 or done == steps:
             bpb = bits_per_byte(model, test_tokens, bytes_per_token, limit=64 if args.quick or done < steps else None)
-            say(f"step {done:5d}  train {loss.item():.3f} nats/token  held-out {bpb:.3f} bits/byte  {time.time() - began:.0f} s")
-            saved = {"step": done, "steps": steps, "model": model.state_dict(), "opts": [opt.state_dict() for opt in opts]}
+            say(f"step {done:5d}  train {loss.item():.3f} nats/token  held-out {bpb:.3f} bits/byte  "
+                f"{time.time() - began:.0f} s")
+            saved = {"step": done, "steps": steps, "model": model.state_dict(),
+                     "opts": [opt.state_dict() for opt in opts]}
             save_then_rename(lambda path: torch.save(saved, path), resume)
-    models.save(model, SHAPES[name] | dict(pretraining=dict(steps=steps, tokens=steps * CONTEXT * BATCH, held_out_bits_per_byte=round(bpb, 4))), folder)
+    how = dict(steps=steps, tokens=steps * CONTEXT * BATCH, held_out_bits_per_byte=round(bpb, 4))
+    models.save(model, SHAPES[name] | dict(pretraining=how), folder)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     os.remove(resume)
     print(f"{name}: held-out {bpb:.3f} bits per byte, saved in {folder}")
@@ -263,12 +282,14 @@ def open_model(name: str, device: str) -> LanguageModel:
 
 
 def windows(model: LanguageModel, texts: list[str], n: int, T: int) -> Tensor:
-    """n windows [n, T] of tokens, evenly spread over the texts, each inside one text. Raises InputError if there are fewer."""
+    """n windows [n, T] of tokens, evenly spread over the texts, each inside one text.
+    Raises InputError if there are fewer."""
     tokenizer = models.load_tokenizer(model)
     pieces = [torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in texts]
     every = torch.cat([p[:len(p) // T * T].view(-1, T) for p in pieces])
     if len(every) < n:
-        raise InputError(f"the text gives {len(every)} passages of {T} tokens, {n} are needed: take a longer --text or a smaller --passages")
+        raise InputError(f"the text gives {len(every)} passages of {T} tokens, {n} are needed: take a longer --text "
+                         "or a smaller --passages")
     return every[torch.linspace(0, len(every) - 1, n).long()].to(model.device)
 
 
@@ -276,7 +297,8 @@ def cells(model: LanguageModel, layer: str | None, head: str) -> list[tuple[int,
     """The (layer, head) pairs that --layer and --head name: by default the second recurrent layer, head 0."""
     number = lambda text, what: int(text) if text.isdigit() else fail(f"{what} {text!r}: allowed are a number or all")
     recurrent = model.recurrent_layers
-    layers = [recurrent[min(1, len(recurrent) - 1)]] if layer is None else recurrent if layer == "all" else [number(layer, "layer")]
+    layers = ([recurrent[min(1, len(recurrent) - 1)]] if layer is None else
+              recurrent if layer == "all" else [number(layer, "layer")])
     pairs = []
     for i in layers:
         model.check_cell(i, 0)
@@ -301,34 +323,39 @@ def train_sae(model: LanguageModel, layer: int, head: int, args) -> WriteSAE:
     """An SAE for one cell, from the training text alone: on writes by alternating updates, otherwise by gradients."""
     began = time.time()
     training, held_out = split(python_text())
-    collect = lambda texts, n: writesae.collect(model, windows(model, texts, n, CONTEXT), layer, head, args.write, args.source, progress("writes"))
-    X, Y = collect(training, 60 if args.quick else 1500 if args.source == "write" else 800), collect(held_out, 20 if args.quick else 60)
+    collect = lambda texts, n: writesae.collect(model, windows(model, texts, n, CONTEXT), layer, head,
+                                                args.write, args.source, progress("writes"))
+    X = collect(training, 60 if args.quick else 1500 if args.source == "write" else 800)
+    Y = collect(held_out, 20 if args.quick else 60)
     generator = torch.Generator().manual_seed(args.seed)
     atoms = args.atoms or (512 if args.quick else 16384 if args.source == "write" else 2048)
     k = args.k or (1 if args.source == "write" else 32)
     encoder = args.encoder or ("tied" if k == 1 else "bilinear")
     metric = args.metric or ("read" if args.source == "write" else "frobenius")
-    sae = WriteSAE(atoms, X.keys.shape[-1], X.values.shape[-1], k, encoder, architecture=model.architecture, model=model.name,
-                   layer=layer, head=head, source=args.source, write=args.write, metric=metric, layout="key first", seed=args.seed,
-                   cosine_min=COSINE_MIN).to(model.device)
+    sae = WriteSAE(atoms, X.keys.shape[-1], X.values.shape[-1], k, encoder, architecture=model.architecture,
+                   model=model.name, layer=layer, head=head, source=args.source, write=args.write, metric=metric,
+                   layout="key first", seed=args.seed, cosine_min=COSINE_MIN).to(model.device)
     if metric == "read":
         sample = windows(model, training, 8 if args.quick else 128, PASSAGE)
-        sae.set_metric(*writesae.read_metric(model, sample, layer, head, POSITIONS[::4], generator, progress=progress("metric")))
+        sae.set_metric(*writesae.read_metric(model, sample, layer, head, POSITIONS[::4], generator,
+                                             progress=progress("metric")))
     if args.source == "write" and k == 1 and encoder == "tied":
         method = "alternating updates"
         writesae.fit_alternating(sae, X.keys[:, 0], X.values[:, 0], generator, args.steps or (8 if args.quick else 24),
                                  20_000 if args.quick else 150_000, progress=progress("atoms"))
     else:
         method = "Adam"
-        writesae.fit_gradient(sae, X, generator, args.steps or (50 if args.quick else 2000), 256 if args.source == "state" else 1024,
-                              progress=progress("atoms"))
+        writesae.fit_gradient(sae, X, generator, args.steps or (50 if args.quick else 2000),
+                              256 if args.source == "state" else 1024, progress=progress("atoms"))
     with torch.no_grad():
         left = torch.cat([sae.energy(sae(Y.rows(slice(i, i + 256)))[0]) for i in range(0, len(Y.keys), 256)])
         energy = sae.energy(Y)
-    sae.cfg |= dict(method=method, n_train=len(X.keys), seconds=round(time.time() - began, 1), fvu=round((left.sum() / energy.sum()).item(), 4),
-                    median_cosine=round((1 - left / energy).clamp_min(0).sqrt().median().item(), 4))
-    say(f"SAE {model.name} L{layer}H{head}: {atoms:,} atoms, k={k}, {encoder}, source {args.source}, {metric} metric, {method} on {len(X.keys):,} "
-        f"samples; held out, in that metric: unexplained energy {sae.cfg['fvu']:.3f}, median cosine {sae.cfg['median_cosine']:.3f}; {sae.cfg['seconds']} s")
+    fvu, cosines = (left.sum() / energy.sum()).item(), (1 - left / energy).clamp_min(0).sqrt()
+    sae.cfg |= dict(method=method, n_train=len(X.keys), seconds=round(time.time() - began, 1), fvu=round(fvu, 4),
+                    median_cosine=round(cosines.median().item(), 4))
+    say(f"SAE {model.name} L{layer}H{head}: {atoms:,} atoms, k={k}, {encoder}, source {args.source}, {metric} metric, "
+        f"{method} on {len(X.keys):,} samples; held out, in that metric: unexplained energy {fvu:.3f}, median cosine "
+        f"{sae.cfg['median_cosine']:.3f}; {sae.cfg['seconds']} s")
     return sae.requires_grad_(False)
 
 
@@ -339,9 +366,11 @@ def find_sae(model: LanguageModel, layer: int, head: int, args) -> WriteSAE:
         sae = WriteSAE.load(path).to(model.device)
         mixer = model.layers[layer].mixer
         if sae.key_dir.shape[1] != mixer.K or sae.value_dir.shape[1] != mixer.V:
-            raise InputError(f"{path}: atoms are {sae.key_dir.shape[1]} x {sae.value_dir.shape[1]}, the head's writes {mixer.K} x {mixer.V}")
+            raise InputError(f"{path}: atoms are {sae.key_dir.shape[1]} x {sae.value_dir.shape[1]}, the head's writes "
+                             f"{mixer.K} x {mixer.V}; give an SAE of this cell")
         return sae
-    say(f"no SAE yet for {model.name} L{layer}H{head} ({path}): training one first{' (--quick: small, not kept)' if args.quick else ''}")
+    say(f"no SAE yet for {model.name} L{layer}H{head} ({path}): training one first" +
+        " (--quick: small, not kept)" * args.quick)
     sae = train_sae(model, layer, head, args)
     if not args.quick:
         sae.save(path)
@@ -362,10 +391,12 @@ def train(args) -> int:
     return 0
 
 
-#: The paper's figures for the table: win rate at firings, and recovered fraction from its medians (1 − 0.40/1.09 and so on).
-PAPER = {"gdn": dict(win_rate=0.924, per_atom_win_rate=0.898, strict_order_rate=0.895, recovered=0.63, n="4,851", cell="Qwen3.5-0.8B L1/9/17 H4"),
-         "mamba2": dict(win_rate=0.881, recovered=0.40, n="2,500", cell="Mamba-2-370M L24 H0"),
-         "rwkv7": dict(win_rate=0.453, n="6,591", cell="RWKV-7-1.5B L12 H0")}
+#: The paper's figures for the table: win rate at firings, and recovered fraction from its medians
+#: (1 − 0.40/1.09 and so on).
+PAPER = {"gdn": dict(win_rate=0.924, per_atom_win_rate=0.898, strict_order_rate=0.895, recovered=0.63,
+                     n="4,851"),                                         # Qwen3.5-0.8B
+         "mamba2": dict(win_rate=0.881, recovered=0.40, n="2,500"),      # Mamba-2-370M
+         "rwkv7": dict(win_rate=0.453, n="6,591")}                       # RWKV-7-1.5B
 
 
 def replace(args) -> int:
@@ -381,19 +412,24 @@ def replace(args) -> int:
         for layer, head in pairs:
             sae = find_sae(model, layer, head, args)
             began, generator = time.time(), torch.Generator().manual_seed(args.seed)
-            source, write = sae.cfg["source"], sae.cfg["write"]                           # the test codes what the SAE was trained on
-            say(f"replace {name} L{layer}H{head} ({'default: second recurrent layer, head 0' if args.layer is None else 'as asked'}), "
-                f"{n} passages x {len(positions)} positions of {'--text' if args.text else 'held-out text'}, {sae.n_atoms:,} atoms, "
+            source, write = sae.cfg["source"], sae.cfg["write"]             # the test codes what the SAE was trained on
+            chosen = "as asked" if args.layer else "default: second recurrent layer, head 0"
+            say(f"replace {name} L{layer}H{head} ({chosen}), {n} passages x {len(positions)} positions of "
+                f"{'--text' if args.text else 'held-out text'}, {sae.n_atoms:,} atoms, "
                 f"source {source}, write {write}, scale {args.scale}, {model.device}, fp32, seed {args.seed}")
-            batch = max(1, 6_000_000 // (len(CONDITIONS) * HORIZONS * model.vocab))      # passages at once: some 24 MB of logits
-            parts = [writesae.replacement(model, sae, part, layer, head, positions, generator, write, source, args.scale,
-                                          progress(f"replace {name}")) for part in tokens.split(batch)]
-            first = [0, *torch.tensor([len(part) for part in tokens.split(batch)]).cumsum(0).tolist()]
-            parts = [r._replace(passage=r.passage + i) for r, i in zip(parts, first)]
+            # passages at once: some 24 MB of logits
+            batch = max(1, 6_000_000 // (len(CONDITIONS) * HORIZONS * model.vocab))
+            parts = []
+            for i, part in enumerate(tokens.split(batch)):
+                one = writesae.replacement(model, sae, part, layer, head, positions, generator, write,
+                                           source, args.scale, progress(f"replace {name}"))
+                parts.append(one._replace(passage=one.passage + i * batch))
             records = Records(*map(torch.cat, zip(*parts)))
             cosine_min = args.cosine_min if args.cosine_min is not None else sae.cfg["cosine_min"]
-            results.append(dict(model=name, layer=layer, head=head, source=source, scale=args.scale, write=write, sae=sae.cfg,
-                                cosine_min=cosine_min, **writesae.summary(records, cosine_min, generator), seconds=round(time.time() - began, 1)))
+            results.append(dict(model=name, layer=layer, head=head, source=source, scale=args.scale,
+                                write=write, sae=sae.cfg,
+                                cosine_min=cosine_min, **writesae.summary(records, cosine_min, generator),
+                                seconds=round(time.time() - began, 1)))
             all_records.append((name, layer, head, records))
     print_replace(results)
     if args.json:
@@ -406,33 +442,41 @@ def replace(args) -> int:
 
 
 def print_replace(results: list[dict]):
-    """The table: ours at firings and over all positions, the paper's row beside it."""
+    """The table: ours at firings and over all positions, the paper's row beside it; then intervals and medians."""
     percent = lambda x: f"{100 * x:.1f}"
-    row = lambda *c: print(f"{c[0]:<12}{c[1]:>6}{c[2]:>8}{c[3]:>18}{c[4]:>10}{c[5]:>10}{c[6]:>11}{c[7]:>8}{c[8]:>11}{c[9]:>12}{c[10]:>9}")
-    print(f"Replacement: KL to the unmodified model over the write's step and the ten after it; one atom in the write's place against "
-          f"nothing.\nA firing: the dominant atom explains {percent(results[0]['cosine_min'] ** 2)} % of the write's energy or more.\n")
-    row("", "n", "cover%", "win% [95 % CI]", "per atom", "recovered", "projected%", "order%", "all: win%", "recovered", "noise")
+    interval = lambda low_high: "[" + ", ".join(map(percent, low_high)) + "]"
+    widths = (-12, 6, 8, 20, 10, 11, 12, 8, 11, 11, 8)
+    row = lambda *cells: print("".join(f"{cell:<{-w}}" if w < 0 else f"{cell:>{w}}" for cell, w in zip(cells, widths)))
+    print("Replacement: one atom in a write's place against nothing there. KL to the unmodified model, summed over the "
+          "write's step")
+    print(f"and the ten after it. A firing: the dominant atom explains {percent(results[0]['cosine_min'] ** 2)} % of "
+          "the write's energy or more.\n")
+    row("", "n", "cover%", "win% [95 % CI]", "per atom", "recovered", "projected%", "order%", "all: win%",
+        "recovered", "noise")
     for r in results:
-        low, high = r["win_ci95"]
-        row(f"{r['model']} L{r['layer']}H{r['head']}"[-12:], r["n_firings"], percent(r["coverage"]), f"{percent(r['win_rate'])} [{percent(low)}, {percent(high)}]",
-            percent(r["per_atom_win_rate"]), f"{r['recovered_pooled']:.2f}", percent(r["projected_win_rate"]), percent(r["strict_order_rate"]),
-            percent(r["win_rate_all"]), f"{r['recovered_pooled_all']:.2f}", f"{r['median_kl']['native']:.0e}")
-        paper = PAPER.get(r["model"])
+        row(f"{r['model']} L{r['layer']}H{r['head']}"[-12:], r["n_firings"], percent(r["coverage"]),
+            f"{percent(r['win_rate'])} {interval(r['win_ci95'])}", percent(r["per_atom_win_rate"]),
+            f"{r['recovered_pooled']:.2f}",
+            percent(r["projected_win_rate"]), percent(r["strict_order_rate"]), percent(r["win_rate_all"]),
+            f"{r['recovered_pooled_all']:.2f}", f"{r['median_kl']['native']:.0e}")
+        paper = PAPER.get(r["model"], {})
+        rate = lambda key: percent(paper[key]) if key in paper else "-"
         if paper:
-            show = lambda key: percent(paper[key]) if key in paper else "-"
-            row("  the paper", paper["n"], "-", show("win_rate"), show("per_atom_win_rate"), paper.get("recovered", "-"), "-",
-                show("strict_order_rate"), "-", "-", "-")
+            row("  the paper", paper["n"], "-", rate("win_rate"), rate("per_atom_win_rate"),
+                paper.get("recovered", "-"), "-", rate("strict_order_rate"), "-", "-", "-")
     print()
     for r in results:
-        kl = r["median_kl"]
-        print(f"{r['model']} L{r['layer']}H{r['head']}: {r['n_firings']} firings of {r['n_atoms']} atoms in {r['n_passages']} passages; 95 % CI of the win rate "
-              f"by atom [{percent(r['win_ci95_by_atom'][0])}, {percent(r['win_ci95_by_atom'][1])}], by passage [{percent(r['win_ci95_by_passage'][0])}, "
-              f"{percent(r['win_ci95_by_passage'][1])}];\n  median KL (nats) atom {kl['atom']:.1e}  delete {kl['delete']:.1e}  random {kl['random']:.1e}  "
-              f"projected {kl['projected']:.1e}  native {kl['native']:.0e};  failures by quartile of effect "
-              f"{' / '.join(percent(q) for q in r['failure_by_quartile'])} %;  {r['seconds']} s")
-    print("\nn: firings. cover: their share of all tested positions. win: KL(atom) < KL(delete). recovered: 1 − ΣKL(atom)/ΣKL(delete) (the paper's: from\n"
-          "its medians). projected: the same rate for a random rank-1 direction at its own best coefficient (50 = means nothing). order: atom < delete <\n"
-          "random atom. all: every tested position. noise: median KL with the write itself put back.")
+        medians = "  ".join(f"{name} {value:.1e}" for name, value in r["median_kl"].items())
+        print(f"{r['model']} L{r['layer']}H{r['head']}: {r['n_firings']} firings of {r['n_atoms']} atoms in "
+              f"{r['n_passages']} passages; 95 % CI by atom {interval(r['win_ci95_by_atom'])}, "
+              f"by passage {interval(r['win_ci95_by_passage'])}\n"
+              f"  median KL (nats): {medians}\n"
+              f"  failures by quartile of effect {' / '.join(map(percent, r['failure_by_quartile']))} %;  "
+              f"{r['seconds']} s")
+    print("""
+n: firings. cover: their share of all tested positions. win: KL(atom) < KL(delete). recovered: 1 − ΣKL(atom)/ΣKL(delete)
+(the paper's: from its medians). projected: the win rate of a random rank-1 direction at its own best coefficient (50 = it
+means nothing). order: atom < delete < random atom. all: every tested position. noise: median KL with the write put back.""")
 
 
 def plot_replace(results: list[dict], path: str):
@@ -445,11 +489,14 @@ def plot_replace(results: list[dict], path: str):
         axes[0].axhline(r["win_rate"], color=line.get_color(), linestyle=":")
         axes[1].plot(horizons, [h["recovered_pooled"] for h in r["by_horizon"]], marker="o", label=label)
         axes[1].axhline(r["recovered_pooled"], color=line.get_color(), linestyle=":")
-        axes[2].plot([c["coverage"] for c in r["by_coverage"]], [c["win_rate"] for c in r["by_coverage"]], marker="o", label=label)
+        axes[2].plot([c["coverage"] for c in r["by_coverage"]], [c["win_rate"] for c in r["by_coverage"]],
+                     marker="o", label=label)
         axes[2].axhline(r["projected_win_rate"], color=line.get_color(), linestyle="--", linewidth=1)
     axes[0].set(xlabel="tokens after the write", ylabel="win rate over deletion", title="at firings (dotted: kl@0..10)")
-    axes[1].set(xlabel="tokens after the write", ylabel="recovered fraction", title="at firings (dotted: kl@0..10)", ylim=(0, 1.02))
-    axes[2].set(xlabel="coverage: share of positions kept", ylabel="win rate, kl@0..10", title="the best-matched positions (dashed: projected)")
+    axes[1].set(xlabel="tokens after the write", ylabel="recovered fraction", title="at firings (dotted: kl@0..10)",
+                ylim=(0, 1.02))
+    axes[2].set(xlabel="coverage: share of positions kept", ylabel="win rate, kl@0..10",
+                title="the best-matched positions (dashed: projected)")
     axes[1].legend()
     save_then_rename(lambda temporary: figure.savefig(temporary, dpi=110, format="png"), path)
 
@@ -465,22 +512,27 @@ def formula(args) -> int:
         model = open_model(name, args.device)
         for layer, head in cells(model, args.layer, args.head):
             sae, began = find_sae(model, layer, head, args), time.time()
-            say(f"formula {name} L{layer}H{head}: the write deleted, swapped for its atom, or an atom of norm ε added, at firings in {n} passages x "
-                f"{len(positions)} positions of {'--text' if args.text else 'held-out text'}; tokens of rank {', '.join(map(str, writesae.RANKS))}; {model.device}, fp32")
+            say(f"formula {name} L{layer}H{head}: the write deleted, swapped for its atom, or an atom of norm ε added, "
+                f"at firings in {n} passages x {len(positions)} positions of "
+                f"{'--text' if args.text else 'held-out text'}; tokens of rank {', '.join(map(str, writesae.RANKS))}; "
+                f"{model.device}, fp32")
 
             def climb(texts: list[str], n: int, change: str | float) -> writesae.Ladder:
                 parts, tokens = [], windows(model, texts, n, PASSAGE)
                 for i, part in enumerate(tokens.split(50)):
-                    one = writesae.ladder(model, sae, part, layer, head, positions, change, COSINE_MIN, progress(f"{name} {change}"))
+                    one = writesae.ladder(model, sae, part, layer, head, positions, change, COSINE_MIN,
+                                          progress(f"{name} {change}"))
                     parts.append(one._replace(passage=one.passage + 50 * i))
                 return writesae.Ladder(*map(torch.cat, zip(*parts)))
 
-            swap, delete, training_swap = climb(texts, n, "swap"), climb(texts, n, "delete"), climb(training, max(4, n // 2), "swap")
-            sizes = {size: climb(texts, max(4, n // 2), size) for size in (0.1, 0.3, 1.0, 3.0)}
-            rungs = writesae.ladder_summary(swap, delete, sizes, training_swap)
-            results.append(dict(model=name, layer=layer, head=head, n=swap.measured.shape[0] * len(writesae.RANKS), n_firings=len(swap.atom),
-                                n_passages=len(swap.passage.unique()), rungs=rungs, state_difference=swap.state_difference.mean(0).tolist(),
-                                output_cosine=swap.output_cosine.mean(0).tolist(), seconds=round(time.time() - began, 1)))
+            swap, delete, half = climb(texts, n, "swap"), climb(texts, n, "delete"), max(4, n // 2)
+            sizes = {size: climb(texts, half, size) for size in (0.1, 0.3, 1.0, 3.0)}
+            rungs = writesae.ladder_summary(swap, delete, sizes, climb(training, half, "swap"))
+            results.append(dict(model=name, layer=layer, head=head, n=len(swap.atom) * len(writesae.RANKS),
+                                n_firings=len(swap.atom), n_passages=len(swap.passage.unique()), rungs=rungs,
+                                state_difference=swap.state_difference.mean(0).tolist(),
+                                output_cosine=swap.output_cosine.mean(0).tolist(),
+                                seconds=round(time.time() - began, 1)))
             drawn.append((f"{name} L{layer}H{head}", swap))
     print_formula(results)
     if args.json:
@@ -490,26 +542,37 @@ def formula(args) -> int:
     return 0
 
 
+#: What the paper reports for its three-factor formula.
+PAPER_FORMULA = {"gdn": "median R² 0.98 per atom (IQR 0.977-0.990), with a scalar fitted per passage, atom and token",
+                 "mamba2": "R² -0.07", "rwkv7": "not reported"}
+
+
 def print_formula(results: list[dict]):
     """A table per cell: a row per rung, R² about y = ŷ for the two natural edits and for small ones."""
+    short = lambda x: f"{x:.3f}" if not x < -9.995 else f"{x:.0e}"
+    widths = (-28, 9, 9, 7, 7, 24, 9, 9, 8, 8, 8)
+    row = lambda *cells: print("".join(f"{cell:<{-w}}" if w < 0 else f"{cell:>{w}}" for cell, w in zip(cells, widths)))
     for r in results:
-        print(f"{r['model']} L{r['layer']}H{r['head']}: logit change over the write's step and ten after it; {r['n_firings']} firings x {len(writesae.RANKS)} tokens "
-              f"from {r['n_passages']} passages. R² about y = ŷ.")
-        print(f"  {'rung':<26}{'exact to':>9}{'swap':>9}{'slope':>7}{'sign%':>7}{'per atom [IQR]':>23}{'delete':>9}{'ε=0.1':>9}{'ε=1':>8}{'ε=3':>8}{'train.':>8}")
-        short = lambda x: f"{x:.3f}" if x > -9.995 else f"{x:.0e}"
+        print(f"{r['model']} L{r['layer']}H{r['head']}: change of a logit over the write's step and the ten after it, "
+              f"{r['n_firings']} firings x {len(writesae.RANKS)} tokens from {r['n_passages']} passages. "
+              "R² about y = ŷ:")
+        row("  rung", "exact to", "swap", "slope", "sign%", "per atom [IQR]", "delete", "ε=0.1", "ε=1", "ε=3", "train.")
         for i, rung in enumerate(r["rungs"]):
-            atom = rung["r2_per_atom"]
-            print(f"  {i + 1} {rung['name']:<24}{('order ' + str(rung['order'])) if rung['order'] else '-':>9}{short(rung['r2']):>9}{rung['slope']:>7.2f}"
-                  f"{100 * rung['sign_agreement']:>7.1f}{short(atom['median']) + ' [' + short(atom['low']) + ', ' + short(atom['high']) + ']':>23}"
-                  f"{short(rung['r2_delete']):>9}{rung['r2_small']:>9.4f}{short(rung['r2_by_size']['1.0']):>8}{short(rung['r2_by_size']['3.0']):>8}{short(rung['r2_training_text']):>8}")
-        paper = {"gdn": "median R² per atom 0.98 (IQR 0.977-0.990), a scalar fitted per passage, atom and token", "mamba2": "R² -0.07", "rwkv7": "not reported"}
-        print(f"  the paper, three factors: {paper.get(r['model'], 'this model was not tested')}")
-        later = r["state_difference"][1:]
-        print(f"  after the swap, over the next ten tokens: the state differs by {100 * sum(later) / len(later):.1f} % of its norm on average (the authors' reply: below 5 %; "
-              f"first {100 * later[0]:.1f} %, tenth {100 * later[-1]:.1f} %);\n  cosine of the layer's output {min(r['output_cosine']):.4f} or more at every step;  {r['seconds']} s\n")
-    print("swap: the atom in the write's place. delete: the write taken out. ε: an atom of that norm added. train.: swap on training text. Nothing is fitted but rung 2.\n"
-          "From rung to rung: 1 to 3 the erase term; 3 to 4 the head's norm and gate and the final norm; 4 to 5 the later layers; 5 to 6 second order;\n"
-          "6 to 7 the head's norm, which is far from linear where the write is most of what it normalises.")
+            atom, by_size = rung["r2_per_atom"], rung["r2_by_size"]
+            row(f"  {i + 1} {rung['name']}", f"order {rung['order']}" if rung["order"] else "-", short(rung["r2"]),
+                f"{rung['slope']:.2f}", f"{100 * rung['sign_agreement']:.1f}",
+                f"{short(atom['median'])} [{short(atom['low'])}, {short(atom['high'])}]", short(rung["r2_delete"]),
+                f"{rung['r2_small']:.4f}" if rung["r2_small"] > -10 else short(rung["r2_small"]),
+                short(by_size["1.0"]), short(by_size["3.0"]), short(rung["r2_training_text"]))
+        first, *_, last = later = r["state_difference"][1:]
+        print(f"  the paper, three factors: {PAPER_FORMULA.get(r['model'], 'this model was not tested')}\n"
+              f"  after the swap the state differs by {100 * sum(later) / len(later):.1f} % of its norm over the next "
+              f"ten tokens (first {100 * first:.1f} %, tenth {100 * last:.1f} %; the authors' reply: below 5 %);\n"
+              f"  the layer's output has a cosine of {min(r['output_cosine']):.4f} or more with the native one at "
+              f"every step;  {r['seconds']} s\n")
+    print("""swap: the atom in the write's place. delete: the write taken out. ε: an atom of that norm added. train.: swap on training text.
+Nothing is fitted but rung 2. What each step up is worth: 1 to 3 the erase term; 3 to 4 the head's norm and gate and the final
+norm; 4 to 5 the later layers; 5 to 6 second order; 6 to 7 the head's norm, far from linear where a write is most of its input.""")
 
 
 def plot_formula(results: list[dict], drawn: list, path: str):
@@ -522,8 +585,10 @@ def plot_formula(results: list[dict], drawn: list, path: str):
         for ax, i in zip(row, shown):
             ax.scatter(swap.predicted[:, i].flatten(), y, s=2, alpha=0.3, linewidths=0)
             ax.plot([-limit, limit], [-limit, limit], color="black", linewidth=0.7)
-            ax.set(xlim=(-limit, limit), ylim=(-limit, limit), title=f"{label}: {writesae.RUNGS[i][0]}", xlabel="predicted (nats)", ylabel="measured (nats)")
-            row[4].plot(range(HORIZONS), [max(x, -1) for x in r["rungs"][i]["by_horizon"]], marker="o", label=writesae.RUNGS[i][0])
+            ax.set(xlim=(-limit, limit), ylim=(-limit, limit), title=f"{label}: {writesae.RUNGS[i][0]}",
+                   xlabel="predicted (nats)", ylabel="measured (nats)")
+            row[4].plot(range(HORIZONS), [max(x, -1) for x in r["rungs"][i]["by_horizon"]], marker="o",
+                        label=writesae.RUNGS[i][0])
         row[4].set(xlabel="tokens after the write", ylabel="R² about y = ŷ (cut at −1)", ylim=(-1.05, 1.05))
         row[4].legend(fontsize=7)
     save_then_rename(lambda temporary: figure.savefig(temporary, dpi=90, format="png"), path)
@@ -541,8 +606,9 @@ def record_lines(name: str, layer: int, head: int, records: Records) -> str:
     """One JSON line per tested position, firing or not."""
     lines = []
     for i in range(len(records.atom)):
-        row = dict(model=name, layer=layer, head=head, passage=int(records.passage[i]), position=int(records.position[i]), atom=int(records.atom[i]),
-                   coefficient=float(records.coefficient[i]), cosine=float(records.cosine[i]), cosine_read=float(records.cosine_read[i]))
+        row = dict(model=name, layer=layer, head=head)
+        row |= {key: getattr(records, key)[i].item() for key in (
+            "passage", "position", "atom", "coefficient", "cosine", "cosine_read")}
         row["kl"] = {c: records.kl[i, j].tolist() for j, c in enumerate(CONDITIONS)}
         row["kl_reverse"] = {c: records.kl_reverse[i, j].tolist() for j, c in enumerate(CONDITIONS[:2])}
         lines.append(json.dumps(row) + "\n")
@@ -589,7 +655,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line. Raises InputError for a wrong one."""
     p = Parser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("command", choices=["replace", "formula", "train", "pretrain"])
-    p.add_argument("--model", help="gdn, mamba2, rwkv7 (default: all three), a folder, or a hub id such as Qwen/Qwen3.5-0.8B")
+    p.add_argument("--model",
+                   help="gdn, mamba2, rwkv7 (default: all three), a folder, or a hub id such as Qwen/Qwen3.5-0.8B")
     p.add_argument("--layer", help="a recurrent layer, from 0, or all (default: the second recurrent one)")
     p.add_argument("--head", default="0", help="a head, from 0, or all (default 0)")
     p.add_argument("--text", help="test on this text file instead of the held-out Python text")
@@ -601,13 +668,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--plot", help="replace, formula: draw the figures into this PNG")
     p.add_argument("--records", help="replace: write one JSON line per tested position there")
     p.add_argument("--sae", help="this SAE file instead of the one beside the model")
-    p.add_argument("--source", default="write", choices=["write", "state"], help="what the SAE codes (state: the paper's recipe)")
-    p.add_argument("--write", default="value", choices=["value", "delta"], help="the native write: k vᵀ, or all that a token adds")
-    p.add_argument("--scale", default="activation", choices=["activation", "norm", "least-squares"], help="size of the atom put in")
+    p.add_argument("--source", default="write", choices=["write", "state"],
+                   help="what the SAE codes (state: the paper's recipe)")
+    p.add_argument("--write", default="value", choices=["value", "delta"],
+                   help="the native write: k vᵀ, or all that a token adds")
+    p.add_argument("--scale", default="activation", choices=["activation", "norm", "least-squares"],
+                   help="size of the atom put in")
     p.add_argument("--cosine-min", type=float, help="least cosine of a firing (default: as stored in the SAE)")
     p.add_argument("--atoms", type=int, help="train: number of atoms")
     p.add_argument("--k", type=int, help="train: active atoms per input")
-    p.add_argument("--metric", choices=["read", "frobenius"], help="train: what near means (default: read for writes, frobenius for states)")
+    p.add_argument("--metric", choices=["read", "frobenius"],
+                   help="train: what near means (read for writes, frobenius for states)")
     p.add_argument("--encoder", choices=["tied", "bilinear"], help="train: default tied for k = 1, else bilinear")
     p.add_argument("--steps", type=int, help="train: steps")
     p.add_argument("--tokens", type=int, default=8_192_000, help="pretrain: training tokens in all")

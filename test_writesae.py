@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 
-os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}   # before imports
+# before imports
+os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import numpy as np
 import pytest
@@ -20,10 +21,13 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import models
 import run
 import writesae
-from models import Block, ChannelMix, Edit, InputError, LanguageModel, RWKV7, StepInputs, load, propagate, recurrence, recurrence_chunked, states
-from writesae import CONDITIONS, Factored, WriteSAE, fit_alternating, fit_gradient, inner, matrix_of, replacement, replacements, summary, write_of
+from models import (Block, ChannelMix, Edit, InputError, LanguageModel, RWKV7, StepInputs, load, propagate, recurrence,
+                    recurrence_chunked, states)
+from writesae import (CONDITIONS, Factored, WriteSAE, fit_alternating, fit_gradient, inner, matrix_of, replacement,
+                      replacements, summary, write_of)
 
-settings.register_profile("here", derandomize=True, deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+settings.register_profile("here", derandomize=True, deadline=None, max_examples=25,
+                          suppress_health_check=list(HealthCheck))
 settings.load_profile("here")
 torch.set_num_threads(1)      # everything here is tiny: a second thread only waits
 ARCHITECTURES = ("gdn", "mamba2", "rwkv7")
@@ -40,7 +44,7 @@ def random_steps(kind: str, seed: int, B=2, T=20, H=3, K=6, V=4) -> StepInputs:
     n, u = lambda *s: torch.randn(*s, generator=g), lambda *s: torch.rand(*s, generator=g)
     q, k, v, unit = n(B, T, H, K), n(B, T, H, K), n(B, T, H, V), F.normalize(n(B, T, H, K), dim=-1)
     if kind == "mamba2":
-        return StepInputs(q, k, v, -20 * u(B, T, H, 1) ** 4)                                     # from no decay to e^-20
+        return StepInputs(q, k, v, -20 * u(B, T, H, 1) ** 4)                                    # from no decay to e^-20
     if kind == "gdn":
         log_alpha, beta = -20 * u(B, T, H, 1) ** 4, u(B, T, H, 1)
         return StepInputs(q, unit, beta * v, log_alpha, unit, log_alpha.exp() * beta * unit)
@@ -51,12 +55,15 @@ def tiny_config(kind: str, vocab=61, **changes) -> dict:
     """A small hub config of the architecture."""
     common = dict(vocab_size=vocab, hidden_size=32, num_hidden_layers=4)
     return common | {
-        "gdn": dict(model_type="qwen3_5_text", intermediate_size=40, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        "gdn": dict(model_type="qwen3_5_text", intermediate_size=40, num_attention_heads=4,
+                    num_key_value_heads=2, head_dim=8,
                     linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=6,
-                    rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5), tie_word_embeddings=True),
-        "mamba2": dict(model_type="mamba2", num_heads=8, head_dim=8, state_size=12, n_groups=2, expand=2, chunk_size=16),
-        "rwkv7": dict(model_type="rwkv7", hidden_size=128, head_dim=64, intermediate_size=96, decay_low_rank_dim=8, a_low_rank_dim=6,
-                      v_low_rank_dim=5, gate_low_rank_dim=7, norm_eps=1e-5)}[kind] | changes
+                    rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
+                    tie_word_embeddings=True),
+        "mamba2": dict(model_type="mamba2", num_heads=8, head_dim=8, state_size=12, n_groups=2, expand=2,
+                       chunk_size=16),
+        "rwkv7": dict(model_type="rwkv7", hidden_size=128, head_dim=64, intermediate_size=96, decay_low_rank_dim=8,
+                      a_low_rank_dim=6, v_low_rank_dim=5, gate_low_rank_dim=7, norm_eps=1e-5)}[kind] | changes
 
 
 def shake(model: torch.nn.Module, seed: int):
@@ -74,7 +81,8 @@ def tiny_model(kind: str, seed: int = 0) -> LanguageModel:
     if kind != "rwkv7":
         return shake(models.build(tiny_config(kind)), seed)
     norm = lambda: torch.nn.LayerNorm(32)
-    blocks = [Block(RWKV7(32, 4, 8, 6, dict(w=4, a=4, v=3, g=5), i == 0, 1e-4), norm(), ChannelMix(32, 48), norm()) for i in range(3)]
+    blocks = [Block(RWKV7(32, 4, 8, 6, dict(w=4, a=4, v=3, g=5), i == 0, 1e-4), norm(), ChannelMix(32, 48), norm())
+              for i in range(3)]
     return shake(LanguageModel("rwkv7", 61, 32, blocks, norm(), norm(), tied=False), seed)
 
 
@@ -88,17 +96,19 @@ def random_tokens(seed: int, B=2, T=40, vocab=61) -> torch.Tensor:
 def test_two_tokens_by_hand():
     """S_1 = k_1 v_1ᵀ; S_2 halves it, takes out what lies along k_1, and writes k_2 v_2ᵀ."""
     one = lambda *rows: torch.tensor(rows, dtype=torch.float32)[None, :, None]             # [T, ·] -> [1, T, 1, ·]
-    s = StepInputs(q=one([1, 0], [1, 1]), k=one([1, 0], [0, 1]), v=one([2, 4, 6], [1, 0, 1]), log_decay=one([0], [math.log(0.5)]),
-                   erase_in=one([0, 0], [1, 0]), erase_out=one([0, 0], [0.25, 0]))
+    s = StepInputs(q=one([1, 0], [1, 1]), k=one([1, 0], [0, 1]), v=one([2, 4, 6], [1, 0, 1]),
+                   log_decay=one([0], [math.log(0.5)]), erase_in=one([0, 0], [1, 0]), erase_out=one([0, 0], [0.25, 0]))
     o, S = recurrence(s)
     # after token 1: S = [[2, 4, 6], [0, 0, 0]], read by q = (1, 0)
     assert o[0, 0, 0].tolist() == [2, 4, 6]
-    # token 2: 0.5 S − (0.25, 0)ᵀ (2, 4, 6) = [[0.5, 1, 1.5], [0, 0, 0]], plus the write [[0, 0, 0], [1, 0, 1]]; read by (1, 1)
+    # token 2: 0.5 S − (0.25, 0)ᵀ (2, 4, 6) = [[0.5, 1, 1.5], [0, 0, 0]], plus the write [[0, 0, 0], [1, 0, 1]]; read by
+    # (1, 1)
     torch.testing.assert_close(S[0, 0], torch.tensor([[0.5, 1, 1.5], [1, 0, 1]]))
     torch.testing.assert_close(o[0, 1, 0], torch.tensor([1.5, 1, 2.5]))
 
 
-@given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 70), st.integers(1, 9), st.integers(1, 9), st.integers(0, 20), st.booleans())
+@given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 70), st.integers(1, 9), st.integers(1, 9),
+       st.integers(0, 20), st.booleans())
 def test_chunks_and_splits_give_the_loop(kind, seed, T, K, V, chunk, with_state):
     s = random_steps(kind, seed, T=T, K=K, V=V)
     start = torch.randn(2, 3, K, V, generator=rng(seed)) if with_state else None
@@ -106,7 +116,7 @@ def test_chunks_and_splits_give_the_loop(kind, seed, T, K, V, chunk, with_state)
     close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4 * max(1.0, b.abs().max().item()), rtol=1e-4)
     o2, S2 = recurrence_chunked(s, start, chunk=min(chunk, 16) or None)
     close(o2, o), close(S2, S)
-    cut = seed % T                                                                        # in two parts, the state handed over
+    cut = seed % T                                                                 # in two parts, the state handed over
     if cut:
         a, middle = recurrence_chunked(s.slice(slice(0, cut)), start)
         b, S3 = recurrence_chunked(s.slice(slice(cut, T)), middle)
@@ -116,7 +126,8 @@ def test_chunks_and_splits_give_the_loop(kind, seed, T, K, V, chunk, with_state)
 
 @given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 30), st.integers(1, 9), st.integers(1, 9))
 def test_an_edit_stays_rank_one_and_propagate_follows_it(kind, seed, T, K, V):
-    """Adding u yᵀ to the state after the first token moves every later read by (u_s · q_s) y and the last state by u_T yᵀ."""
+    """Adding u yᵀ to the state after the first token moves every later read by (u_s · q_s) y and the
+    last state by u_T yᵀ."""
     s = random_steps(kind, seed, T=T, H=1, K=K, V=V)
     u, y = torch.randn(2, K, generator=rng(seed)), torch.randn(2, V, generator=rng(seed + 1))
     gain, last = propagate(u, s)
@@ -128,7 +139,8 @@ def test_an_edit_stays_rank_one_and_propagate_follows_it(kind, seed, T, K, V):
     if T > 1:
         later, S_edited = recurrence(s.slice(slice(1, T)), S_1)
         o_edited.append(later)
-    torch.testing.assert_close(torch.cat(o_edited, 1)[:, :, 0] - o[:, :, 0], gain[..., None] * y[:, None], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.cat(o_edited, 1)[:, :, 0] - o[:, :, 0], gain[..., None] * y[:, None],
+                               atol=2e-5, rtol=1e-4)
     torch.testing.assert_close((S_edited - S)[:, 0], last[..., None] * y[:, None], atol=2e-5, rtol=1e-4)
 
 
@@ -194,7 +206,8 @@ def numpy_rwkv7(p, h, m):
     for x in h:
         mix = {c: x + (past - x) * p[f"x_{c}"] for c in "rwkvag"}
         past = x
-        lora = lambda c, f: p[f"{c}_lora.lora.2.weight"] @ f(p[f"{c}_lora.lora.0.weight"] @ mix[c]) + p.get(f"{c}_lora.lora.2.bias", 0)
+        lora = lambda c, f: (p[f"{c}_lora.lora.2.weight"] @ f(p[f"{c}_lora.lora.0.weight"] @ mix[c]) +
+                             p.get(f"{c}_lora.lora.2.bias", 0))
         r, k, v = p["r_proj.weight"] @ mix["r"], p["k_proj.weight"] @ mix["k"], p["v_proj.weight"] @ mix["v"]
         w = np.exp(-math.exp(-0.5) * sigmoid(lora("w", np.tanh)))
         a, gate = sigmoid(lora("a", lambda y: y)), lora("g", sigmoid)
@@ -226,7 +239,7 @@ def test_each_adapter_is_its_equations(kind, restated):
 # The official implementations, live: logits in one pass, and prefill then continue
 # ---------------------------------------------------------------------------------------------------------------------
 def assert_same_logits(ours: LanguageModel, tokens: torch.Tensor, theirs: torch.Tensor):
-    assert 0.3 < theirs.std() < 10                                                        # a bound on differences means something
+    assert 0.3 < theirs.std() < 10                                              # a bound on differences means something
     whole, _ = ours(tokens)
     torch.testing.assert_close(whole, theirs, atol=2e-4, rtol=0)
     first, cache = ours(tokens[:, :13])
@@ -248,8 +261,8 @@ def hf_model(kind: str, config: dict, seed: int):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("layout", ["one file", "sharded, multimodal names"])
 def test_qwen35_against_transformers(tmp_path, layout, tied):
-    """With attention in layer 3, two value heads per key head; from a flat file, and as the hub has it: shards, an index, nested
-    names and config, tensors of other modules beside."""
+    """With attention in layer 3, two value heads per key head; from a flat file, and as the hub has it: shards, an
+    index, nested names and config, tensors of other modules beside."""
     from safetensors.torch import load_file, save_file
     model = hf_model("gdn", tiny_config("gdn", tie_word_embeddings=tied), 1)
     model.save_pretrained(tmp_path)
@@ -265,7 +278,8 @@ def test_qwen35_against_transformers(tmp_path, layout, tied):
             weight_map |= {n: file for n in names[i::2]}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         text = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "tie_word_embeddings": tied, "text_config": text}))
+        (tmp_path / "config.json").write_text(json.dumps(
+            {"model_type": "qwen3_5", "tie_word_embeddings": tied, "text_config": text}))
     tokens = random_tokens(2, T=70)
     assert_same_logits(load(str(tmp_path)), tokens, model(tokens).logits)
 
@@ -280,7 +294,8 @@ def test_mamba2_against_transformers(tmp_path, groups, layout):
         tensors = load_file(tmp_path / "model.safetensors")
         tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
         save_file(tensors, tmp_path / "model.safetensors")
-        config = dict(d_model=32, n_layer=4, vocab_size=61, ssm_cfg=dict(layer="Mamba2", ngroups=groups), tie_embeddings=False)
+        config = dict(d_model=32, n_layer=4, vocab_size=61, ssm_cfg=dict(layer="Mamba2", ngroups=groups),
+                      tie_embeddings=False)
         (tmp_path / "config.json").write_text(json.dumps(config))
     tokens = random_tokens(3, T=50)
     assert_same_logits(load(str(tmp_path)), tokens, model(tokens).logits)
@@ -294,12 +309,16 @@ def official_rwkv_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
     for i, block in enumerate(model.layers):
         a, at, ffn = block.mixer, f"blocks.{i}.att.", f"blocks.{i}.ffn."
         z |= norm(f"blocks.{i}.ln1", block.norm1) | norm(f"blocks.{i}.ln2", block.norm2) | norm(at + "ln_x", a.g_norm)
-        z |= {at + f"x_{c}": getattr(a, f"x_{c}") for c in "rwkvag"} | {at + n: getattr(a, n) for n in ("k_k", "k_a", "r_k")}
-        z |= {at + full + ".weight": getattr(a, c + "_proj").weight for c, full in zip("rkvo", ("receptance", "key", "value", "output"))}
+        z |= ({at + f"x_{c}": getattr(a, f"x_{c}") for c in "rwkvag"} |
+              {at + n: getattr(a, n) for n in ("k_k", "k_a", "r_k")})
+        z |= {at + full + ".weight": getattr(a, c + "_proj").weight
+              for c, full in zip("rkvo", ("receptance", "key", "value", "output"))}
         for c in "wavg" if i else "wag":
             lora = getattr(a, c + "_lora").lora
-            z |= {at + c + "1": lora[0].weight.T, at + c + "2": lora[2].weight.T} | ({} if c == "g" else {at + c + "0": lora[2].bias})
-        z |= {ffn + "x_k": block.mlp.x_k, ffn + "key.weight": block.mlp.key.weight, ffn + "value.weight": block.mlp.value.weight}
+            z |= ({at + c + "1": lora[0].weight.T, at + c + "2": lora[2].weight.T} |
+                  ({} if c == "g" else {at + c + "0": lora[2].bias}))
+        z |= {ffn + "x_k": block.mlp.x_k, ffn + "key.weight": block.mlp.key.weight,
+              ffn + "value.weight": block.mlp.value.weight}
     return {name: x.clone() for name, x in z.items()}
 
 
@@ -315,11 +334,13 @@ def test_rwkv7_against_its_authors_package(tmp_path, layout):
             at = f"model.layers.{i}.attn."
             tensors[at + "x_x"] = torch.stack([tensors.pop(at + f"x_{c}") for c in "rwkvag"])
     else:
-        tensors |= {name: x.view(1, 1, -1) for name, x in tensors.items() if re.search(r"attn\.x_.$", name)}      # fla's shape
+        # fla's shape
+        tensors |= {name: x.view(1, 1, -1) for name, x in tensors.items() if re.search(r"attn\.x_.$", name)}
     save_file(tensors, tmp_path / "model.safetensors")
     torch.save(official_rwkv_weights(model), tmp_path / "official.pth")
     tokens = random_tokens(4, B=1, T=40)
-    theirs, _ = RWKV(model=str(tmp_path / "official"), strategy="cpu fp32").forward(tokens[0].tolist(), None, full_output=True)
+    theirs, _ = RWKV(model=str(tmp_path / "official"), strategy="cpu fp32").forward(
+        tokens[0].tolist(), None, full_output=True)
     assert_same_logits(load(str(tmp_path)), tokens, theirs[None])
 
 
@@ -330,7 +351,7 @@ def test_transformers_opens_the_embedded_models(name):
     model = load(folder)
     tokens = random_tokens(5, T=60, vocab=model.vocab)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits.detach()
-    torch.testing.assert_close(model(tokens)[0], theirs, atol=1e-3, rtol=0)               # logits of a trained model: std about 4
+    torch.testing.assert_close(model(tokens)[0], theirs, atol=1e-3, rtol=0)     # logits of a trained model: std about 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,7 +384,8 @@ def test_the_past_does_not_see_the_future(kind):
     torch.testing.assert_close(a[:, :20], b[:, :20], atol=1e-5, rtol=0)
     assert (a[:, 20:] - b[:, 20:]).abs().max() > 0.1
     mixer = model.layers[1].mixer
-    edited = model(tokens, edits=[Edit(1, 2, 20, torch.randn(mixer.K, generator=rng(1)), torch.randn(mixer.V, generator=rng(2)))])[0]
+    edited = model(tokens, edits=[
+        Edit(1, 2, 20, torch.randn(mixer.K, generator=rng(1)), torch.randn(mixer.V, generator=rng(2)))])[0]
     torch.testing.assert_close(a[:, :20], edited[:, :20], atol=1e-5, rtol=0)
     assert (a[:, 20:] - edited[:, 20:]).abs().max() > 1e-3
 
@@ -413,7 +435,8 @@ def random_sae(seed: int, n=40, K=6, V=4, k=3, encoder="bilinear") -> WriteSAE:
     return sae.requires_grad_(False)
 
 
-@given(st.integers(0, 99), st.integers(1, 5), st.sampled_from(["tied", "bilinear"]), st.integers(1, 7), st.integers(1, 7))
+@given(st.integers(0, 99), st.integers(1, 5), st.sampled_from(["tied", "bilinear"]), st.integers(1, 7),
+       st.integers(1, 7))
 def test_factors_give_what_matrices_give(seed, k, encoder, K, V):
     """Scores, reconstruction and squared error of a write, from its factors, against the K x V matrices themselves."""
     sae, g = random_sae(seed, K=K, V=V, k=k, encoder=encoder), rng(seed + 1)
@@ -428,9 +451,11 @@ def test_factors_give_what_matrices_give(seed, k, encoder, K, V):
     for form in (write_of(key, value), matrix_of(X)):
         torch.testing.assert_close(sae.scores(form), dense, atol=1e-5, rtol=1e-4)
         R, index, a = sae(form)
-        X_hat = torch.stack([sum(c * torch.outer(sae.key_dir[i], sae.value_dir[i]) for i, c in zip(row, cs)) for row, cs in zip(index, a)])
+        X_hat = torch.stack([sum(c * torch.outer(sae.key_dir[i], sae.value_dir[i]) for i, c in zip(row, cs))
+                             for row, cs in zip(index, a)])
         torch.testing.assert_close(inner(R, R), (X - X_hat).square().sum((1, 2)), atol=1e-3, rtol=1e-4)
-        torch.testing.assert_close(sae.energy(R), torch.einsum("kl,nlv,vw,nkw->n", M_k, X - X_hat, M_v, X - X_hat), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(sae.energy(R), torch.einsum("kl,nlv,vw,nkw->n", M_k, X - X_hat, M_v, X - X_hat),
+                                   atol=1e-3, rtol=1e-3)
         assert (a >= 0).all() and (a[:, :-1] >= a[:, 1:]).all()
 
 
@@ -454,14 +479,14 @@ def planted(seed: int, n=24, N=6000, K=12, V=9):
 @pytest.mark.parametrize("method", ["alternating", "gradient"])
 def test_a_planted_dictionary_is_found(method):
     keys, values, k, v = planted(0)
-    sae = WriteSAE(72, 12, 9, 1)                                                           # three times as many as were planted
+    sae = WriteSAE(72, 12, 9, 1)                                                   # three times as many as were planted
     if method == "alternating":
         history = fit_alternating(sae, k, v, rng(0), steps=30, sample=3000)
         assert history[-1] > history[0]
     else:
         history = fit_gradient(sae, write_of(k, v), rng(0), steps=400, batch=256, lr=0.03, dead_after=2000)
         assert history[-1] < history[0]
-    overlap = (keys @ sae.key_dir.T) * (values @ sae.value_dir.T)                          # ⟨planted atom, learned atom⟩
+    overlap = (keys @ sae.key_dir.T) * (values @ sae.value_dir.T)                  # ⟨planted atom, learned atom⟩
     assert (overlap.max(1).values > 0.98).float().mean() >= 0.95, "did dead atoms restart?"
 
 
@@ -484,28 +509,32 @@ def sae_for(model: LanguageModel, seed: int, layer=1) -> WriteSAE:
 
 
 @settings(max_examples=12)
-@given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(0, 2), st.integers(0, 3), st.sampled_from(["write", "state"]),
-       st.sampled_from(["activation", "norm", "least-squares"]))
+@given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(0, 2), st.integers(0, 3),
+       st.sampled_from(["write", "state"]), st.sampled_from(["activation", "norm", "least-squares"]))
 def test_branches_are_full_forward_passes_with_edits(kind, seed, layer, head, source, scale):
     """The judge of the fast engine: every condition and horizon, by the whole model from the first token."""
     model, tokens = tiny_model(kind), random_tokens(seed, B=3, T=34)
     sae, positions = sae_for(model, seed, layer), [1 + seed % 7, 9 + seed % 14]
     fast = replacement(model, sae, tokens, layer, head, positions, rng(seed), source=source, scale=scale)
     g, base = rng(seed), model(tokens)[0].log_softmax(-1)
-    s = model.step_inputs(model.run(model.embed(tokens), last=layer)[0], layer).slice(slice(None), slice(head, head + 1))
+    s = model.step_inputs(model.run(model.embed(tokens), last=layer)[0], layer).slice(
+        slice(None), slice(head, head + 1))
     for i, t in enumerate(positions):
         k, v = s.k[:, t, 0], s.v[:, t, 0]
         index, a = sae.encode(write_of(k, v) if source == "write" else matrix_of(states(s)[:, t, 0]))
         keys, values = replacements(sae, k, v, index[:, 0], a[:, 0], scale, g)
         for c, condition in enumerate(CONDITIONS):
-            patched = model(tokens, edits=[Edit(layer, head, t, -k, v), Edit(layer, head, t, keys[c], values[c])])[0].log_softmax(-1)
+            patched = model(tokens, edits=[Edit(layer, head, t, -k, v),
+                                           Edit(layer, head, t, keys[c], values[c])])[0].log_softmax(-1)
             kl = (base.exp() * (base - patched)).sum(-1)[:, t:t + 11]
-            torch.testing.assert_close(fast.kl[3 * i:3 * i + 3, c], kl, atol=2e-5, rtol=2e-3, msg=lambda m: f"{condition} at {t}: {m}")
+            torch.testing.assert_close(fast.kl[3 * i:3 * i + 3, c], kl, atol=2e-5, rtol=2e-3,
+                                       msg=lambda m: f"{condition} at {t}: {m}")
     assert fast.kl[:, CONDITIONS.index("native")].abs().max() < 1e-5
 
 
 def test_batch_and_neighbours_do_not_matter():
-    """One passage alone, or among others; one position alone, or after others: the same KL (the random conditions draw anew)."""
+    """One passage alone, or among others; one position alone, or after others:
+    the same KL (the random conditions draw anew)."""
     model, tokens = tiny_model("gdn"), random_tokens(9, B=4)
     sae = sae_for(model, 0)
     together = replacement(model, sae, tokens, 1, 0, [5, 12, 20], rng(0))
@@ -517,12 +546,14 @@ def test_batch_and_neighbours_do_not_matter():
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_read_metric_knows_what_predictions_heed(kind):
-    """Edits of equal Frobenius norm: along the metric's top key and value directions they move predictions more than along its last."""
+    """Edits of equal Frobenius norm: along the metric's top key and value directions they move predictions
+    more than along its last."""
     model, tokens = tiny_model(kind), random_tokens(11, B=16, T=40)
     M_k, M_v = writesae.read_metric(model, tokens, 1, 0, [8, 16, 24], rng(0))
     top, last = [(torch.linalg.eigh(M_k)[1][:, i], torch.linalg.eigh(M_v)[1][:, i]) for i in (-1, 0)]
     base = model(tokens)[0].log_softmax(-1)
-    moved = [writesae.kl_divergence(base, model(tokens, edits=[Edit(1, 0, 16, 0.1 * k, v)])[0].log_softmax(-1)).sum() for k, v in (top, last)]
+    moved = [writesae.kl_divergence(base, model(tokens, edits=[Edit(1, 0, 16, 0.1 * k, v)])[0].log_softmax(-1)).sum()
+             for k, v in (top, last)]
     assert moved[0] > 2 * moved[1]
 
 
@@ -541,7 +572,8 @@ def test_the_delta_write_is_all_that_a_token_adds(kind):
     k, delta = writesae.native_write(s, "delta")
     S = states(s)
     before = F.pad(S[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
-    torch.testing.assert_close(S - s.log_decay.exp().unsqueeze(-1) * before, k.unsqueeze(-1) * delta.unsqueeze(-2), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(S - s.log_decay.exp().unsqueeze(-1) * before, k.unsqueeze(-1) * delta.unsqueeze(-2),
+                               atol=1e-5, rtol=1e-4)
     _, tail = writesae.native_write(s.slice(slice(7, None)), "delta", S[:, 6])              # and from any state on
     torch.testing.assert_close(tail, delta[:, 7:], atol=1e-5, rtol=1e-4)
     with pytest.raises(InputError, match="rank 2"):
@@ -551,15 +583,17 @@ def test_the_delta_write_is_all_that_a_token_adds(kind):
 def test_rates_by_hand():
     """Three firings: won, won, lost. Pooled recovery 1 − (1 + 1 + 3)/(4 + 4 + 2) = 0.5."""
     r = writesae.rates(torch.tensor([1.0, 1.0, 3.0]), torch.tensor([4.0, 4.0, 2.0]))
-    assert r["win_rate"] == pytest.approx(2 / 3) and r["recovered_pooled"] == pytest.approx(0.5) and r["recovered_median"] == pytest.approx(0.75)
+    assert (r["win_rate"] == pytest.approx(2 / 3) and r["recovered_pooled"] == pytest.approx(0.5) and
+            r["recovered_median"] == pytest.approx(0.75))
     assert writesae.wilson(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-3)           # a textbook value
     low, high = writesae.cluster_bootstrap(torch.tensor([1.0, 1, 0, 0]), torch.tensor([0, 0, 1, 1]), rng(0))
-    assert (low, high) == (0.0, 1.0)                                                      # two clusters: the mean can be either
+    assert (low, high) == (0.0, 1.0)                                              # two clusters: the mean can be either
 
 
 def test_a_random_direction_at_its_own_coefficient_is_nearer_than_nothing():
     """‖X − aA‖² = ‖X‖² − a² for any unit A with a = ⟨A, X⟩: why a rate needs the projected control beside it."""
-    k, v, sae = torch.randn(30, 6, generator=rng(0)), torch.randn(30, 4, generator=rng(1)), random_sae(0, k=1, encoder="tied")
+    k, v, sae = (torch.randn(30, 6, generator=rng(0)), torch.randn(30, 4, generator=rng(1)),
+                 random_sae(0, k=1, encoder="tied"))
     keys, values = replacements(sae, k, v, torch.zeros(30, dtype=torch.long), torch.ones(30), "activation", rng(2))
     X = k[:, :, None] * v[:, None]
     i = CONDITIONS.index("projected")
@@ -571,7 +605,8 @@ def test_a_random_direction_at_its_own_coefficient_is_nearer_than_nothing():
 # ---------------------------------------------------------------------------------------------------------------------
 @given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 9), st.integers(1, 9), st.floats(1e-3, 1e3))
 def test_the_state_part_of_the_formula_is_exact_at_any_size(kind, seed, K, V, size):
-    """δo_s = (u_s · q_s) y to 1e-5 of the largest effect, whatever the edit's size: the recurrence is linear, no order is lost here."""
+    """δo_s = (u_s · q_s) y to 1e-5 of the largest effect, whatever the edit's size:
+    the recurrence is linear, no order is lost here."""
     s = random_steps(kind, seed, T=11, H=1, K=K, V=V)
     s = StepInputs(*(None if x is None else x.double() for x in s))
     u, y = torch.randn(2, K, generator=rng(seed)).double(), size * torch.randn(2, V, generator=rng(seed + 1)).double()
@@ -585,12 +620,14 @@ def test_the_state_part_of_the_formula_is_exact_at_any_size(kind, seed, K, V, si
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_ladder_is_exact_to_the_order_it_claims(kind):
-    """Errors of rung 5 fall with the square of the edit's size, of rungs 6 and 7 with the cube: halve the edit, and compare."""
+    """Errors of rung 5 fall with the square of the edit's size, of rungs 6 and 7 with the cube:
+    halve the edit, and compare."""
     model, tokens = tiny_model(kind), random_tokens(12, B=4, T=34)
     model = model.double()
     p = next(writesae.points(model, tokens, 1, 2, [9]))
     mixer = model.layers[1].mixer
-    key, value = torch.randn(4, 1, mixer.K, generator=rng(0)).double(), torch.randn(4, 1, mixer.V, generator=rng(1)).double()
+    key, value = (torch.randn(4, 1, mixer.K, generator=rng(0)).double(),
+                  torch.randn(4, 1, mixer.V, generator=rng(1)).double())
     targets = p.logits[:, 0].topk(3).indices
     def errors(size):
         predicted, measured, _ = writesae.logit_ladder(model, p, 1, 2, Factored(key, size * value), targets)
@@ -599,7 +636,7 @@ def test_the_ladder_is_exact_to_the_order_it_claims(kind):
     assert scale > 1e-5
     assert 3.3 < big[4] / small[4] < 4.7
     assert 6 < big[5] / small[5] < 10 and 6 < big[6] / small[6] < 10
-    assert (big[:4] > 3 * big[4]).all()                                                   # the rungs below leave out first-order parts
+    assert (big[:4] > 3 * big[4]).all()                                    # the rungs below leave out first-order parts
 
 
 def test_without_erase_the_gates_are_the_transition():
@@ -645,8 +682,10 @@ def broken(folder, kind: str):
         (folder / "config.json").write_text('{"model_type": "llama"}')
 
 
-@pytest.mark.parametrize("kind, message", [("missing", "A_log is missing"), ("unexpected", "mixer.extra"), ("shape", r"A_log is \[3\]"), ("NaN", "A_log holds NaN"),
-                                           ("truncated", "cannot be read"), ("pickle", "pickle"), ("config", "config.json"), ("model_type", "llama")])
+@pytest.mark.parametrize("kind, message", [("missing", "A_log is missing"), ("unexpected", "mixer.extra"),
+                                           ("shape", r"A_log is \[3\]"), ("NaN", "A_log holds NaN"),
+                                           ("truncated", "cannot be read"), ("pickle", "pickle"),
+                                           ("config", "config.json"), ("model_type", "llama")])
 def test_a_spoiled_checkpoint_is_refused_by_name(tmp_path, kind, message):
     broken(tmp_path, kind)
     with pytest.raises(InputError, match=message) as error:
@@ -700,18 +739,21 @@ def test_formula_quick_end_to_end(tmp_path, capsys):
     r, = json.loads(out.read_text())
     by_name = {rung["name"]: rung for rung in r["rungs"]}
     assert by_name["full Jacobian"]["r2_small"] > 0.99 and by_name["exact head, mean of two"]["r2"] > 0.99
-    assert by_name["three factors"]["r2"] < 0.5 and [rung["fitted"] for rung in r["rungs"]] == [False, True] + 5 * [False]
+    assert (by_name["three factors"]["r2"] < 0.5 and
+            [rung["fitted"] for rung in r["rungs"]] == [False, True] + 5 * [False])
     assert figure.read_bytes().startswith(b"\x89PNG") and "the paper" in capsys.readouterr().out
 
 
 def test_pretrain_makes_a_checkpoint_that_loads(tmp_path, monkeypatch, capsys):
-    """Ten steps on this project's own text: the folder is the hub's layout, and an interrupted run goes on where it was."""
-    text = {f"{i}.py": open(os.path.join(HERE, name), encoding="utf-8").read() for i, name in enumerate(["models.py", "run.py", "writesae.py"] * 4)}
+    """Ten steps on this project's own text: the folder is the hub's layout,
+    and an interrupted run goes on where it was."""
+    text = {f"{i}.py": open(os.path.join(HERE, name), encoding="utf-8").read()
+            for i, name in enumerate(["models.py", "run.py", "writesae.py"] * 4)}
     monkeypatch.setattr(run, "python_text", lambda: text)
     monkeypatch.setattr(run, "CONTEXT", 32)
     monkeypatch.setattr(run, "BATCH", 2)
     arguments = ["pretrain", "--model", "mamba2", "--out", str(tmp_path), "--tokens", "640"]
-    with monkeypatch.context() as stopped, pytest.raises(TypeError):                      # after training, before the result is saved
+    with monkeypatch.context() as stopped, pytest.raises(TypeError):        # after training, before the result is saved
         stopped.setattr(models, "save", None)
         run.main(arguments)
     assert run.main(arguments) == 0
@@ -735,7 +777,8 @@ def test_training_comes_first_where_there_is_no_sae(tmp_path, capsys):
 
 def test_world_tokenizer_takes_the_longest_match(tmp_path):
     entries = [b"a", b"b", b"ab", "é".encode(), b"\xc3", b"\xa9", b" "]
-    (tmp_path / "v.txt").write_text("".join(f"{i + 1} {e.decode()!r} {len(e)}\n" if e.isascii() or len(e) > 1 else f"{i + 1} {e!r} {len(e)}\n"
+    (tmp_path / "v.txt").write_text("".join(f"{i + 1} {e.decode()!r} {len(e)}\n" if e.isascii() or len(e) > 1
+                                            else f"{i + 1} {e!r} {len(e)}\n"
                                             for i, e in enumerate(entries)), encoding="utf-8")
     tokenizer = models.WorldTokenizer(str(tmp_path / "v.txt"))
     assert tokenizer.encode("abba é") == [3, 2, 1, 7, 4]
@@ -759,5 +802,6 @@ def test_the_readme_names_what_exists():
 def test_every_public_function_has_a_docstring():
     for file in ("models.py", "writesae.py", "run.py"):
         tree = ast.parse(open(os.path.join(HERE, file), encoding="utf-8").read())
-        bare = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_") and not ast.get_docstring(n)]
+        bare = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+                and not n.name.startswith("_") and not ast.get_docstring(n)]
         assert not bare, f"{file}: {bare}"

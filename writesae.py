@@ -1,14 +1,16 @@
-"""WriteSAE: sparse autoencoders whose atoms are rank-1 matrices, and the test whether an atom can stand for a real write.
+"""WriteSAE: sparse autoencoders whose atoms are rank-1 matrices,
+and the test whether an atom can stand for a real write.
 
-A recurrent layer of Gated DeltaNet, Mamba-2 or RWKV-7 writes one rank-1 matrix k vᵀ per head and token (models.py). An atom of
-this SAE has the same shape, A_i = key_dir_i value_dir_iᵀ, so it can take a write's place in the model's memory:
+A recurrent layer of Gated DeltaNet, Mamba-2 or RWKV-7 writes one rank-1 matrix k vᵀ per head and token (models.py). An
+atom of this SAE has the same shape, A_i = key_dir_i value_dir_iᵀ, so it can take a write's place in the model's memory:
 
     sae = WriteSAE(n_atoms=1024, K=32, V=32)
     fit_alternating(sae, k, v)                                         # k [N, K], v [N, V]: any writes, no model needed
     records = replacement(model, sae, tokens, layer=1, head=0, positions=range(32, 96, 4))
     figures = summary(records)
 
-Order of this file: matrices as factors - the SAE - its training - the replacement test - its figures - the logit-change formula.
+Order of this file: matrices as factors - the SAE - its training - the replacement test - its figures - the logit-change
+formula.
 
 Reference: WriteSAE, arXiv 2605.12770 ("the paper"). States and writes are key first, [K, V], as in models.py.
 """
@@ -24,14 +26,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import Cache, Edit, InputError, LanguageModel, StepInputs, Stream, propagate, recurrence_chunked, states, wide
+from models import (Cache, Edit, InputError, LanguageModel, StepInputs, Stream, propagate, recurrence_chunked, states,
+                    wide)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Matrices as factors
 # ---------------------------------------------------------------------------------------------------------------------
 class Factored(NamedTuple):
-    """A matrix X = Σ_r keys_r values_rᵀ, kept as its factors: r = 1 for a write, K for a whole state, 1 + k for an SAE's residual.
+    """A matrix X = Σ_r keys_r values_rᵀ, kept as its factors:
+    r = 1 for a write, K for a whole state, 1 + k for an SAE's residual.
 
     Norms and products of writes never form K x V numbers: they come from products of the factors.
     """
@@ -62,7 +66,8 @@ def matrix_of(X: Tensor) -> Factored:
 
 
 def inner(X: Factored, Y: Factored) -> Tensor:
-    """⟨X, Y⟩ = Σ_rs (keys_r · keys'_s)(values_r · values'_s), so inner(X, X) = ‖X‖², the squared Frobenius norm. -> [...]"""
+    """⟨X, Y⟩ = Σ_rs (keys_r · keys'_s)(values_r · values'_s), so inner(X, X) = ‖X‖², the squared Frobenius norm.
+    -> [...]"""
     return ((X.keys @ Y.keys.mT) * (X.values @ Y.values.mT)).sum((-2, -1))
 
 
@@ -72,7 +77,8 @@ def cosine(X: Factored, Y: Factored) -> Tensor:
 
 
 def main_direction(X: Factored, steps: int = 4) -> tuple[Tensor, Tensor]:
-    """Unit vectors (key, value) near X's leading singular pair, by power iteration; exact for a write. -> [..., K], [..., V]"""
+    """Unit vectors (key, value) near X's leading singular pair, by power iteration; exact for a write.
+    -> [..., K], [..., V]"""
     value = X.values.sum(-2)
     for _ in range(steps):
         key = F.normalize((X.keys * (X.values @ value.unsqueeze(-1))).sum(-2), dim=-1)
@@ -92,11 +98,12 @@ class WriteSAE(nn.Module):
     encoder "bilinear": e_i and f_i are weights of their own (the paper's BilinearSAE).
     There is no bias, so the SAE is homogeneous: twice the input, twice the coefficients.
 
-    Norms and products are ⟨X, Y⟩ = tr(M_k X M_v Yᵀ). The two metrics are identities (Frobenius) unless `set_metric` is given
-    others, such as `read_metric`'s, which weigh a direction of the state by how much the model's predictions heed it.
+    Norms and products are ⟨X, Y⟩ = tr(M_k X M_v Yᵀ). The two metrics are identities (Frobenius) unless `set_metric` is
+    given others, such as `read_metric`'s, which weigh a direction of the state by how much the model's predictions heed
+    it.
 
-    On a write X = k vᵀ a score is ⟨e_i, k⟩⟨f_i, v⟩: K + V products instead of K·V. cfg (model, cell, source, metrics, ...) is
-    saved with the weights; `WriteSAE.load(path)` needs nothing else. Raises InputError for an unknown encoder.
+    On a write X = k vᵀ a score is ⟨e_i, k⟩⟨f_i, v⟩: K + V products instead of K·V. cfg (model, cell, source, metrics,
+    ...) is saved with the weights; `WriteSAE.load(path)` needs nothing else. Raises InputError for an unknown encoder.
     """
 
     def __init__(self, n_atoms: int, K: int, V: int, k: int = 1, encoder: str = "tied", **cfg):
@@ -117,7 +124,8 @@ class WriteSAE(nn.Module):
 
     @torch.no_grad()
     def set_metric(self, metric_k: Tensor, metric_v: Tensor):
-        """Measure in these metrics from now on: symmetric positive definite, [K, K] and [V, V]. Atoms are normalised anew."""
+        """Measure in these metrics from now on: symmetric positive definite, [K, K] and [V, V].
+        Atoms are normalised anew."""
         self.metric_k.copy_(metric_k)
         self.metric_v.copy_(metric_v)
         self.normalise()
@@ -133,9 +141,10 @@ class WriteSAE(nn.Module):
 
     @torch.no_grad()
     def place(self, which: Tensor, X: Factored):
-        """Put the atoms `which` (indices) at the main directions of the matrices X, one each, unit norm, encoder included."""
+        """Put the atoms `which` (indices) at the main directions of the matrices X, one each, unit norm,
+        encoder included."""
         self.key_dir[which], self.value_dir[which] = self.unit(*main_direction(X))
-        if self.encoder == "bilinear":         # k atoms that overlap would sum up to k times X: let each start with its share
+        if self.encoder == "bilinear":   # k atoms that overlap would sum up to k times X: let each start with its share
             self.enc_key[which], self.enc_value[which] = self.key_dir[which] / self.k, self.value_dir[which]
 
     @torch.no_grad()
@@ -146,7 +155,8 @@ class WriteSAE(nn.Module):
         self.value_dir.copy_(value_dir)
 
     def scores(self, X: Factored) -> Tensor:
-        """⟨e_i f_iᵀ, X⟩ for every atom: for a write ⟨e_i, k⟩⟨f_i, v⟩; with many factors X itself is the cheaper form. -> [..., n_atoms]"""
+        """⟨e_i f_iᵀ, X⟩ for every atom: for a write ⟨e_i, k⟩⟨f_i, v⟩; with many factors X itself is the cheaper form.
+        -> [..., n_atoms]"""
         e, f = (self.key_dir, self.value_dir) if self.encoder == "tied" else (self.enc_key, self.enc_value)
         X = self.measured(X)
         if X.keys.shape[-2] == 1:
@@ -154,7 +164,8 @@ class WriteSAE(nn.Module):
         return X.matrix().flatten(-2) @ (e.unsqueeze(-1) * f.unsqueeze(-2)).flatten(-2).T
 
     def encode(self, X: Factored) -> tuple[Tensor, Tensor]:
-        """The active atoms, largest coefficient first: index [..., k], a [..., k] ≥ 0. The first one is the *dominant* atom."""
+        """The active atoms, largest coefficient first: index [..., k], a [..., k] ≥ 0.
+        The first one is the *dominant* atom."""
         a, index = self.scores(X).topk(self.k)
         return index, a.relu()
 
@@ -207,24 +218,27 @@ def best_atom(sae: WriteSAE, X: Factored, rows: int = 128) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def fit_alternating(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Generator, steps: int = 24, sample: int = 100_000,
-                    memory: float = 0.75, progress=iter) -> list[float]:
+def fit_alternating(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Generator, steps: int = 24,
+                    sample: int = 100_000, memory: float = 0.75, progress=iter) -> list[float]:
     """Code each write by one atom, with closed-form updates: k-means whose centres are rank-1 directions.
 
-    With one active atom, tied, the SAE's loss on a unit-norm write is ‖X − aA‖² = 1 − a². So each step draws `sample` writes and
+    With one active atom, tied, the SAE's loss on a unit-norm write is ‖X − aA‖² = 1 − a².
+    So each step draws `sample` writes and
         1. assigns each to the atom with the largest a = ⟨key_dir, k⟩⟨value_dir, v⟩ (products in the SAE's metrics);
-        2. turns key_dir to Σ a ⟨value_dir, v⟩ k over the atom's writes, then value_dir to Σ a ⟨key_dir, k⟩ v: one round of
-           power iteration, each side in closed form with the other held. The sums keep `memory` of what they held before, so
-           that an atom rests on more writes than one step's;
+        2. turns key_dir to Σ a ⟨value_dir, v⟩ k over the atom's writes, then value_dir to Σ a ⟨key_dir, k⟩ v: one
+           round of power iteration, each side in closed form with the other held. The sums keep `memory` of what they
+           held before, so that an atom rests on more writes than one step's;
         3. restarts atoms without a write at the writes that are coded worst.
     The family is known as gain-shape vector quantisation, and as sum-of-outer-products dictionary learning.
 
-    k [N, K], v [N, V]. Trains sae (tied encoder) in place; returns the share of energy explained, mean a², of every step.
+    k [N, K], v [N, V]. Trains sae (tied encoder) in place; returns the share of energy explained, mean a², of every
+    step.
     """
     draw = lambda n: torch.randint(len(k), (n,), generator=generator).to(k.device)
     first = draw(sae.n_atoms)
     sae.place(torch.arange(sae.n_atoms), write_of(k[first], v[first]))
-    key_sum, value_sum, count = torch.zeros_like(sae.key_dir), torch.zeros_like(sae.value_dir), torch.zeros_like(sae.key_dir[:, :1])
+    key_sum, value_sum, count = (torch.zeros_like(sae.key_dir), torch.zeros_like(sae.value_dir),
+                                 torch.zeros_like(sae.key_dir[:, :1]))
     history = []
     for _ in progress(range(steps)):
         pick = draw(sample)
@@ -247,19 +261,22 @@ def fit_alternating(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Genera
     return history
 
 
-def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: int = 2000, batch: int = 1024, lr: float = 1e-3,
-                 dead_after: int = 100_000, k_aux: int = 64, progress=iter) -> list[float]:
+def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: int = 2000, batch: int = 1024,
+                 lr: float = 1e-3, dead_after: int = 100_000, k_aux: int = 64, progress=iter) -> list[float]:
     """Adam on the reconstruction error ‖X − X̂‖² / mean ‖X‖², for any k, encoder and source.
 
-    An atom is dead once `dead_after` samples passed without it. Dead atoms get the auxiliary loss of arXiv 2406.04093: the
-    k_aux best of them explain the residual, at 1/32 of the weight; four times in a run the dead restart at badly coded inputs.
-    X: N matrices as factors. Trains sae in place; returns the unexplained share of energy (FVU without a mean) per step.
+    An atom is dead once `dead_after` samples passed without it. Dead atoms get the auxiliary loss of arXiv 2406.04093:
+    the k_aux best of them explain the residual, at 1/32 of the weight; four times in a run the dead restart at badly
+    coded inputs.
+    X: N matrices as factors. Trains sae in place; returns the unexplained share of energy (FVU without a mean) per
+    step.
     """
     draw = lambda n: X.rows(torch.randint(len(X.keys), (n,), generator=generator).to(X.keys.device))
     sae.place(torch.arange(sae.n_atoms), draw(sae.n_atoms))
     sae.requires_grad_(True)
     optimiser = torch.optim.Adam(sae.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(1, (i + 1) / 50) * (0.1 + 0.9 * (1 - i / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda i: min(1, (i + 1) / 50) * (0.1 + 0.9 * (1 - i / steps)))
     silent = torch.zeros(sae.n_atoms, device=X.keys.device)
     history = []
     for step in progress(range(steps)):
@@ -292,16 +309,20 @@ def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. The replacement test
 # ---------------------------------------------------------------------------------------------------------------------
-HORIZONS = 11                                                        # effects are read at the write's own step and ten after it
-CONDITIONS = ("atom", "delete", "random", "projected", "native")     # what stands in the state where the native write stood
+HORIZONS = 11     # effects are read at the write's own step and ten after it
+# what stands in the state where the native write stood
+CONDITIONS = ("atom", "delete", "random", "projected", "native")
 
 
 def native_write(s: StepInputs, definition: str = "value", state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The two factors of what each token writes: k [B, T, H, K] and v [B, T, H, V]. state: before s's first token, None for zeros.
+    """The two factors of what each token writes: k [B, T, H, K] and v [B, T, H, V].
+    state: before s's first token, None for zeros.
 
-    "value": k vᵀ as in the recurrence (in Gated DeltaNet β k vᵀ). "delta": all that the token adds to the decayed state,
+    "value": k vᵀ as in the recurrence (in Gated DeltaNet β k vᵀ).
+    "delta": all that the token adds to the decayed state,
         k vᵀ − erase_out (S_{t-1}ᵀ erase_in)ᵀ
-    which is rank 1 where erase_out is a multiple of k: in Gated DeltaNet (k times β(v − α S_{t-1}ᵀ k)), and trivially in Mamba-2.
+    which is rank 1 where erase_out is a multiple of k: in Gated DeltaNet (k times β(v − α S_{t-1}ᵀ k)), and trivially
+    in Mamba-2.
     Raises InputError for "delta" in RWKV-7, where it has rank 2.
     """
     if definition not in ("value", "delta"):
@@ -310,18 +331,20 @@ def native_write(s: StepInputs, definition: str = "value", state: Tensor | None 
         return s.k, s.v
     multiple = (s.erase_out * s.k).sum(-1, keepdim=True) / s.k.square().sum(-1, keepdim=True)
     if not torch.allclose(multiple * s.k, s.erase_out, atol=1e-4):
-        raise InputError("write delta: this model erases along another direction than it writes (RWKV-7), so the change has rank 2; "
-                         "take --write value")
-    ahead = F.pad(s.erase_in[:, 1:], (0, 0, 0, 0, 0, 1))             # what token t+1 looks up, read at the end of step t
+        raise InputError("write delta: this model erases along another direction than it writes (RWKV-7), "
+                         "so the change has rank 2; take --write value")
+    ahead = F.pad(s.erase_in[:, 1:], (0, 0, 0, 0, 0, 1))            # what token t+1 looks up, read at the end of step t
     found, _ = recurrence_chunked(s._replace(q=ahead), state)
-    before = torch.zeros_like(found[:, :1]) if state is None else torch.einsum("bhkv,bhk->bhv", state, s.erase_in[:, 0])[:, None]
+    before = (torch.zeros_like(found[:, :1]) if state is None else
+              torch.einsum("bhkv,bhk->bhv", state, s.erase_in[:, 0])[:, None])
     return s.k, s.v - multiple * torch.cat([before, found[:, :-1]], 1)
 
 
 @torch.inference_mode()
 def collect(model: LanguageModel, tokens: Tensor, layer: int, head: int, write: str = "value", source: str = "write",
             progress=iter, every: int = 16) -> Factored:
-    """What a head writes over a text, to train on: all its native writes, or with source "state" every 16th of its states.
+    """What a head writes over a text, to train on: all its native writes,
+    or with source "state" every 16th of its states.
 
     tokens [n, T], run in batches of 16 up to the layer and no further. Returns N matrices as factors.
     """
@@ -372,7 +395,8 @@ def points(model: LanguageModel, tokens: Tensor, layer: int, head: int, position
     P, T = tokens.shape
     positions = list(positions)
     if not positions or positions[0] < 1 or positions[-1] + HORIZONS > T:
-        raise InputError(f"positions {positions[:1]}..{positions[-1:]} do not fit passages of {T} tokens: the last needs {HORIZONS - 1} after it")
+        raise InputError(f"positions {positions[:1]}..{positions[-1:]} do not fit passages of {T} tokens: "
+                         f"the last needs {HORIZONS - 1} after it")
     with torch.no_grad():
         stream, _ = model.run(model.embed(tokens), last=layer)
         s = model.step_inputs(stream, layer).slice(slice(None), slice(head, head + 1))
@@ -382,20 +406,22 @@ def points(model: LanguageModel, tokens: Tensor, layer: int, head: int, position
         with torch.no_grad():
             _, cache = model.run(stream.slice(slice(done, t)), cache, first=layer)
         done, window = t, slice(t, t + HORIZONS)
-        yield Point(t, stream.slice(window), cache, s.slice(window), cache.layers[layer]["state"][:, head:head + 1], logits[:, window])
+        yield Point(t, stream.slice(window), cache, s.slice(window), cache.layers[layer]["state"][:, head:head + 1],
+                    logits[:, window])
 
 
-def read_metric(model: LanguageModel, tokens: Tensor, layer: int, head: int, positions, generator: torch.Generator, ridge: float = 0.1,
-                progress=iter) -> tuple[Tensor, Tensor]:
+def read_metric(model: LanguageModel, tokens: Tensor, layer: int, head: int, positions, generator: torch.Generator,
+                ridge: float = 0.1, progress=iter) -> tuple[Tensor, Tensor]:
     """How much the model's next eleven predictions heed each direction of a head's state: M_k [K, K] and M_v [V, V].
 
     To second order the headline of the replacement test is a quadratic form in the change δS of the state,
 
         KL@0..10 = ½ ⟨δS, F δS⟩,    F = E[G Gᵀ] over vec(G),    G = ∂/∂S_t Σ_h log p(sampled token at t+h)     [K, V]
 
-    F is the Fisher information. It is approximated by a Kronecker product (as in K-FAC and Shampoo): M_k ∝ E[G Gᵀ] over the keys'
-    side, M_v ∝ E[Gᵀ G] over the values', each scaled to mean eigenvalue 1 and mixed with `ridge` of the identity.
-    G comes from one backward pass: K edits at t with the unit keys and zero values, whose gradients are the rows of G.
+    F is the Fisher information. It is approximated by a Kronecker product (as in K-FAC and Shampoo): M_k ∝ E[G Gᵀ] over
+    the keys' side, M_v ∝ E[Gᵀ G] over the values', each scaled to mean eigenvalue 1 and mixed with `ridge` of the
+    identity. G comes from one backward pass: K edits at t with the unit keys and zero values, whose gradients are the
+    rows of G.
     """
     K, V, P = model.layers[layer].mixer.K, model.layers[layer].mixer.V, len(tokens)
     M_k, M_v = torch.zeros(K, K, device=tokens.device), torch.zeros(V, V, device=tokens.device)
@@ -403,7 +429,8 @@ def read_metric(model: LanguageModel, tokens: Tensor, layer: int, head: int, pos
         rows = torch.zeros(K, P, V, device=tokens.device, requires_grad=True)
         edits = [Edit(layer, head, p.t, key, row) for key, row in zip(torch.eye(K, device=tokens.device), rows)]
         logp = model.unembed(model.run(p.stream, p.cache, edits, first=layer)[0]).float().log_softmax(-1)
-        drawn = torch.multinomial(logp.detach().exp().flatten(0, 1).cpu(), 1, generator=generator).to(logp.device).view(P, HORIZONS, 1)
+        drawn = torch.multinomial(logp.detach().exp().flatten(0, 1).cpu(), 1, generator=generator).to(
+            logp.device).view(P, HORIZONS, 1)
         G, = torch.autograd.grad(logp.gather(-1, drawn).sum(), rows)                # [K, P, V]
         M_k += torch.einsum("kpv,lpv->kl", G, G)
         M_v += torch.einsum("kpv,kpw->vw", G, G)
@@ -417,7 +444,8 @@ class Records(NamedTuple):
     position: Tensor            # [N]
     atom: Tensor                # [N] the dominant atom
     coefficient: Tensor         # [N] its coefficient a, before --scale
-    cosine: Tensor              # [N] between the atom and the native write (Frobenius): its square is the share of energy explained
+    # [N] between the atom and the native write (Frobenius): its square is the share of energy explained
+    cosine: Tensor
     cosine_read: Tensor         # [N] the same in the SAE's metrics
     kl: Tensor                  # [N, 5, 11] KL(base ‖ patched)
     kl_reverse: Tensor          # [N, 2, 11] KL(patched ‖ base), of atom and delete
@@ -430,8 +458,9 @@ def replacements(sae: WriteSAE, k: Tensor, v: Tensor, atom: Tensor, a: Tensor, s
     atom       a A               a: the activation, or by `scale` the write's norm, or the least-squares ⟨A, k vᵀ⟩
     delete     nothing
     random     a A_j             another atom of the dictionary, same coefficient
-    projected  ⟨R, k vᵀ⟩ R       a random rank-1 direction R at its own least-squares coefficient: always nearer to the write than
-                                 nothing is, and yet no stand-in for it; a win rate means something only above this one's
+    projected  ⟨R, k vᵀ⟩ R       a random rank-1 direction R at its own least-squares coefficient: always nearer to
+                                 the write than nothing is, and yet no stand-in for it; a win rate means something
+                                 only above this one's
     native     k vᵀ              the write itself put back: the noise floor
     k [N, K], v [N, V], atom [N], a [N].
     """
@@ -453,29 +482,33 @@ def replacements(sae: WriteSAE, k: Tensor, v: Tensor, atom: Tensor, a: Tensor, s
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p ‖ q) in nats from log-probabilities [..., vocab] -> [...].
 
-    Σ p (e^d − 1 − d) with d = log q − log p. The added Σ p (e^d − 1) = Σ q − Σ p is zero, but now every term is ≥ 0 and of second
-    order in d, so that an effect of 1e-9 nats is still read in fp32, where Σ p (log p − log q) ends at 1e-7.
+    Σ p (e^d − 1 − d) with d = log q − log p. The added Σ p (e^d − 1) = Σ q − Σ p is zero, but now every term is ≥ 0 and
+    of second order in d, so that an effect of 1e-9 nats is still read in fp32, where Σ p (log p − log q) ends at 1e-7.
     """
     d = q - p
     return (p.exp() * (d.expm1() - d)).sum(-1)
 
 
 @torch.inference_mode()
-def replacement(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions, generator: torch.Generator,
-                write: str = "value", source: str = "write", scale: str = "activation", progress=iter) -> Records:
+def replacement(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions,
+                generator: torch.Generator, write: str = "value", source: str = "write", scale: str = "activation",
+                progress=iter) -> Records:
     """Put an atom where a native write was, and see how far the model's predictions move over the next ten tokens.
 
     At each position t of `positions` (increasing, at least one, ten tokens left after the last) and in every passage:
-        the SAE codes the write of (layer, head), or with source "state" the state after it; its dominant atom is A, with a > 0;
+        the SAE codes the write of (layer, head), or with source "state" the state after it; its dominant atom is A,
+            with a > 0;
         for each condition a branch runs t..t+10 with the state's write exchanged: S_t − k vᵀ + replacement;
         KL(base ‖ branch) at each of the eleven steps.
-    The exchange is two rank-1 edits (models.Edit), so a branch needs only the layers from `layer` up, the tokens from t on, and
-    the native cache before t (`points`); the five branches of all passages run as one batch.
+    The exchange is two rank-1 edits (models.Edit), so a branch needs only the layers from `layer` up, the tokens from t
+    on, and the native cache before t (`points`); the five branches of all passages run as one batch.
 
-    tokens [P, T]. Returns P x len(positions) rows. Raises InputError for a cell that is none, or text that is too short.
+    tokens [P, T]. Returns P x len(positions) rows. Raises InputError for a cell that is none, or text that is too
+    short.
     """
     P = len(tokens)
-    every = torch.arange(P, device=tokens.device).repeat(len(CONDITIONS))       # the branches' passages, one condition after the other
+    # the branches' passages, one condition after the other
+    every = torch.arange(P, device=tokens.device).repeat(len(CONDITIONS))
     rows = []
     for p in points(model, tokens, layer, head, positions, progress):
         W = p.write(write)
@@ -484,16 +517,19 @@ def replacement(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int,
         atom, a = index[:, 0], a[:, 0]
         keys, values = replacements(sae, k_t, v_t, atom, a, scale, generator)   # [5, P, K], [5, P, V]
 
-        edits = [Edit(layer, head, p.t, -k_t[every], v_t[every]), Edit(layer, head, p.t, keys.flatten(0, 1), values.flatten(0, 1))]
+        edits = [Edit(layer, head, p.t, -k_t[every], v_t[every]),
+                 Edit(layer, head, p.t, keys.flatten(0, 1), values.flatten(0, 1))]
         after, _ = model.run(p.stream.slice(slice(None), every), p.cache.rows(every), edits, first=layer)
         patched = model.unembed(after).float().log_softmax(-1).unflatten(0, (len(CONDITIONS), P))   # [5, P, 11, vocab]
         base = p.logits.log_softmax(-1).expand_as(patched)
 
         A = write_of(keys[0], values[0])
         rows.append(Records(
-            passage=torch.arange(P), position=torch.full((P,), p.t), atom=atom.cpu(), coefficient=a.cpu(), cosine=cosine(A, W).cpu(),
+            passage=torch.arange(P), position=torch.full((P,), p.t), atom=atom.cpu(), coefficient=a.cpu(),
+            cosine=cosine(A, W).cpu(),
             cosine_read=(inner(A, sae.measured(W)) / (sae.energy(A) * sae.energy(W)).sqrt().clamp_min(1e-30)).cpu(),
-            kl=kl_divergence(base, patched).transpose(0, 1).cpu(), kl_reverse=kl_divergence(patched[:2], base[:2]).transpose(0, 1).cpu(),
+            kl=kl_divergence(base, patched).transpose(0, 1).cpu(),
+            kl_reverse=kl_divergence(patched[:2], base[:2]).transpose(0, 1).cpu(),
             state_difference=p.state_difference(A.minus(W)).cpu()))
     return Records(*map(torch.cat, zip(*rows)))
 
@@ -510,8 +546,10 @@ def wilson(wins: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
 
 
-def cluster_bootstrap(values: Tensor, cluster: Tensor, generator: torch.Generator, draws: int = 1000) -> tuple[float, float]:
-    """95 % interval of the mean of values [N] when whole clusters [N] (all firings of an atom, of a passage) are drawn again."""
+def cluster_bootstrap(values: Tensor, cluster: Tensor, generator: torch.Generator,
+                      draws: int = 1000) -> tuple[float, float]:
+    """95 % interval of the mean of values [N] when whole clusters [N] (all firings of an atom,
+    of a passage) are drawn again."""
     if len(values) == 0:
         return math.nan, math.nan
     _, group = cluster.unique(return_inverse=True)
@@ -538,15 +576,18 @@ def rates(atom: Tensor, delete: Tensor) -> dict[str, float]:
     """
     if len(atom) == 0:
         return dict(win_rate=math.nan, recovered_pooled=math.nan, recovered_median=math.nan)
-    return dict(win_rate=(atom < delete).double().mean().item(), recovered_pooled=(1 - atom.sum() / delete.sum()).item(),
+    return dict(win_rate=(atom < delete).double().mean().item(),
+                recovered_pooled=(1 - atom.sum() / delete.sum()).item(),
                 recovered_median=(1 - atom / delete.clamp_min(1e-30)).median().item())
 
 
 def summary(records: Records, cosine_min: float, generator: torch.Generator) -> dict:
-    """The test's figures. A firing is a row where the atom has a > 0 and a cosine of at least cosine_min with the write.
+    """The test's figures. A firing is a row where the atom has a > 0 and a cosine of at least
+    cosine_min with the write.
 
-    Unless a name says otherwise they are about kl@0..10 at firings; "_all" is over every row, firing or not. coverage: the share of
-    rows with a firing; a rate can be bought with silence, so by_coverage shows the curve (by_coverage_read: in the SAE's metrics).
+    Unless a name says otherwise they are about kl@0..10 at firings; "_all" is over every row, firing or not. coverage:
+    the share of rows with a firing; a rate can be bought with silence, so by_coverage shows the curve
+    (by_coverage_read: in the SAE's metrics).
     """
     fires = (records.coefficient > 0) & (records.cosine >= cosine_min)
     at = Records(*(x[fires] for x in records))
@@ -563,19 +604,21 @@ def summary(records: Records, cosine_min: float, generator: torch.Generator) -> 
     def by_coverage(threshold: float, cosine: Tensor) -> dict:
         chosen = (records.coefficient > 0) & (cosine >= threshold)
         r = rates(effect(records, "atom")[chosen], effect(records, "delete")[chosen])
-        return dict(cosine_min=threshold, coverage=chosen.double().mean().item(), win_rate=r["win_rate"], recovered_pooled=r["recovered_pooled"])
+        return dict(cosine_min=threshold, coverage=chosen.double().mean().item(), win_rate=r["win_rate"],
+                    recovered_pooled=r["recovered_pooled"])
 
     return dict(
-        n_positions=len(fires), n_firings=n, n_atoms=len(atoms), n_passages=len(at.passage.unique()), coverage=fires.double().mean().item(),
-        **rates(kl["atom"], kl["delete"]), win_ci95=wilson(int(wins.sum()), n),
-        win_ci95_by_atom=cluster_bootstrap(wins, at.atom, generator), win_ci95_by_passage=cluster_bootstrap(wins, at.passage, generator),
-        per_atom_win_rate=per_atom.mean().item(),
+        n_positions=len(fires), n_firings=n, n_atoms=len(atoms), n_passages=len(at.passage.unique()),
+        coverage=fires.double().mean().item(), **rates(kl["atom"], kl["delete"]), win_ci95=wilson(int(wins.sum()), n),
+        win_ci95_by_atom=cluster_bootstrap(wins, at.atom, generator),
+        win_ci95_by_passage=cluster_bootstrap(wins, at.passage, generator), per_atom_win_rate=per_atom.mean().item(),
         strict_order_rate=(wins & (kl["delete"] < kl["random"])).double().mean().item(),
         median_kl={name: x.median().item() if n else math.nan for name, x in kl.items()},
         projected_win_rate=(kl["projected"] < kl["delete"]).double().mean().item(),
         projected_recovered=rates(kl["projected"], kl["delete"])["recovered_pooled"],
         win_rate_reverse_kl=(reverse[:, 0] < reverse[:, 1]).double().mean().item(),
-        win_rate_all=every["win_rate"], recovered_pooled_all=every["recovered_pooled"], recovered_median_all=every["recovered_median"],
+        win_rate_all=every["win_rate"], recovered_pooled_all=every["recovered_pooled"],
+        recovered_median_all=every["recovered_median"],
         by_horizon=[dict(horizon=h, win_rate=horizon(h)["win_rate"], recovered_pooled=horizon(h)["recovered_pooled"],
                          state_difference=at.state_difference[:, h].mean().item()) for h in range(HORIZONS)],
         by_coverage=[by_coverage(c, records.cosine) for c in (-1.0, 0.3, 0.4, 0.5, 0.6, 0.71, 0.8, 0.9)],
@@ -587,23 +630,26 @@ def summary(records: Records, cosine_min: float, generator: torch.Generator) -> 
 # 6. The logit-change formula: a ladder from the paper's three factors to the exact second order
 # ---------------------------------------------------------------------------------------------------------------------
 #: each rung's name, and the order in the edit's size to which it is exact (0: not even to the first)
-RUNGS = (("three factors", 0), ("three factors, fitted", 0), ("exact transition", 0), ("direct path", 0), ("full Jacobian", 1),
-         ("mean of two Jacobians", 2), ("exact head, mean of two", 2))
+RUNGS = (("three factors", 0), ("three factors, fitted", 0), ("exact transition", 0), ("direct path", 0),
+         ("full Jacobian", 1), ("mean of two Jacobians", 2), ("exact head, mean of two", 2))
 
 
 def logit_ladder(model: LanguageModel, p: Point, layer: int, head: int, change: Factored, targets: Tensor):
     """Seven predictions of how an edit of one head's state at t moves logits at t..t+10, and the measured change.
 
-    The edit adds δS = Σ_r keys_r values_rᵀ, so the head's read moves by δo_s = Σ_r (u_s · q_s) values_r (models.propagate).
+    The edit adds δS = Σ_r keys_r values_rᵀ, so the head's read moves by δo_s = Σ_r (u_s · q_s) values_r
+    (models.propagate).
 
-    1 three factors       u_s = (Π decay) keys: gates alone, no erase; logit = ⟨W_U[tok], W_O δo⟩: no norm, no gate      (the paper)
-    2   ..., fitted       1 times one least-squares scalar per edit and token, over the eleven steps        (the paper's appendix)
+    1 three factors       u_s = (Π decay) keys: gates alone, no erase; logit = ⟨W_U[tok], W_O δo⟩: no norm, no gate
+                          (the paper)
+    2   ..., fitted       1 times one least-squares scalar per edit and token, over the eleven steps
+                          (the paper's appendix)
     3 exact transition    u_s = A_s u_{s-1}: what the erase term is worth
     4 direct path         + the Jacobians of the head's norm and gate and of the final norm: what they are worth
-    5 full Jacobian       d/dε logit(S + ε δS) at ε = 0: + the path through the later layers                exact to first order
-    6 mean of two         ½ (d/dε at 0 + d/dε at 1), the trapezoid rule for ∫ d/dε from 0 to 1             exact to second order
-    7 exact head          the change of the layer's output taken as it is, 6 for all that comes after it: a norm is far from
-                          linear where a write is most of what it normalises
+    5 full Jacobian       d/dε logit(S + ε δS) at ε = 0: + the path through the later layers        exact to first order
+    6 mean of two         ½ (d/dε at 0 + d/dε at 1), the trapezoid rule for ∫ d/dε from 0 to 1     exact to second order
+    7 exact head          the change of the layer's output taken as it is, 6 for all that comes after it: a norm is
+                          far from linear where a write is most of what it normalises
 
     change: keys [P, r, K], values [P, r, V]; targets [P, n] token ids. Returns predictions [7, P, 11, n], the
     measured change [P, 11, n], and the cosine [P, 11] of the layer's output with and without the edit.
@@ -613,31 +659,36 @@ def logit_ladder(model: LanguageModel, p: Point, layer: int, head: int, change: 
     jvp = lambda f, at, direction: torch.func.jvp(f, (at,), (direction,))[1]                        # f'(at) · direction
     mean_of_two = lambda f, at, direction: (jvp(f, at, direction) + jvp(f, at + direction, direction)) / 2
 
-    edits = lambda size: [Edit(layer, head, p.t, key, size * value) for key, value in zip(change.keys.unbind(1), change.values.unbind(1))]
+    edits = lambda size: [Edit(layer, head, p.t, key, size * value)
+                          for key, value in zip(change.keys.unbind(1), change.values.unbind(1))]
     logits = lambda size: pick(model.unembed(model.run(p.stream, p.cache, edits(size), first=layer)[0]))
     zero, one = change.values.new_zeros(1), change.values.new_ones(1)
     measured = logits(one) - logits(zero)
 
-    read = lambda s: sum(propagate(e.key, s)[0].unsqueeze(-1) * e.value.unsqueeze(1) for e in edits(1.0))      # δo [P, 11, V]
-    W_O = block.mixer.out_weight[:, head]                                                                     # [D, V]
-    W_U = (model.embedding if model.head is None else model.head).weight[targets]                             # [P, n, D]
+    read = lambda s: sum(propagate(e.key, s)[0].unsqueeze(-1) * e.value.unsqueeze(1)
+                         for e in edits(1.0))                                                            # δo [P, 11, V]
+    W_O = block.mixer.out_weight[:, head]                                                                # [D, V]
+    W_U = (model.embedding if model.head is None else model.head).weight[targets]                        # [P, n, D]
     linear = lambda delta_o: torch.einsum("pnd,dv,ptv->ptn", wide(W_U), wide(W_O), delta_o)
     three_factors = linear(read(p.s._replace(erase_in=None, erase_out=None)))
     fit = (three_factors * measured).sum(1, keepdim=True) / three_factors.square().sum(1, keepdim=True).clamp_min(1e-30)
     exact_transition = linear(read(p.s))
 
-    s, rest, _ = block.mixer.inputs(block.norm1(p.stream.x), cache, p.stream.v_first)                         # all heads
+    s, rest, _ = block.mixer.inputs(block.norm1(p.stream.x), cache, p.stream.v_first)                    # all heads
     o, _ = recurrence_chunked(s, cache["state"])
-    delta_o = read(p.s).unsqueeze(2) * F.one_hot(torch.tensor(head), block.mixer.heads).to(o).unsqueeze(-1)   # [P, 11, H, V]
+    # [P, 11, H, V]
+    delta_o = read(p.s).unsqueeze(2) * F.one_hot(torch.tensor(head), block.mixer.heads).to(o).unsqueeze(-1)
     output = lambda o: block.mixer.output(o, s, rest)
     last = model.run(p.stream, p.cache, first=layer)[0]
     direct_path = jvp(lambda x: pick(model.unembed(last._replace(x=x))), last.x, jvp(output, o, delta_o))
 
     above = lambda x: model.run(block.feed(Stream(x, p.stream.v_first), cache)[0], p.cache, first=layer + 1)[0]
-    exact_head = mean_of_two(lambda x: pick(model.unembed(above(x))), p.stream.x + output(o), output(o + delta_o) - output(o))
+    exact_head = mean_of_two(lambda x: pick(model.unembed(above(x))), p.stream.x + output(o),
+                             output(o + delta_o) - output(o))
 
-    return torch.stack([three_factors, fit * three_factors, exact_transition, direct_path, jvp(logits, zero, one),
-                        mean_of_two(logits, zero, one), exact_head]), measured, F.cosine_similarity(output(o), output(o + delta_o), dim=-1)
+    return (torch.stack([three_factors, fit * three_factors, exact_transition, direct_path, jvp(logits, zero, one),
+                         mean_of_two(logits, zero, one), exact_head]),
+            measured, F.cosine_similarity(output(o), output(o + delta_o), dim=-1))
 
 
 class Ladder(NamedTuple):
@@ -654,9 +705,10 @@ RANKS = (1, 2, 3, 4, 5, 10, 50)      # the tokens whose logits are predicted, by
 
 
 @torch.no_grad()
-def ladder(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions, change: str | float = "swap",
-           cosine_min: float = 0.71, progress=iter) -> Ladder:
-    """logit_ladder at every firing. change: "delete" takes the write out, "swap" puts a A in its place, a number ε adds ε A/‖A‖ to it."""
+def ladder(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions,
+           change: str | float = "swap", cosine_min: float = 0.71, progress=iter) -> Ladder:
+    """logit_ladder at every firing. change: "delete" takes the write out, "swap" puts a A in its place,
+    a number ε adds ε A/‖A‖ to it."""
     rows = []
     for p in points(model, tokens, layer, head, positions, progress):
         W = p.write(sae.cfg.get("write", "value"))
@@ -672,8 +724,9 @@ def ladder(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head
         fires = ((a[:, 0] > 0) & (cosine(A, W) >= cosine_min)).cpu()
         targets = p.logits[:, 0].topk(max(RANKS)).indices[:, torch.tensor(RANKS) - 1]
         predicted, measured, output_cosine = logit_ladder(model, p, layer, head, edit, targets)
-        rows.append(Ladder(*(x.cpu()[fires] for x in (torch.arange(len(tokens)), index[:, 0], predicted.transpose(0, 1), measured,
-                                                      output_cosine, p.state_difference(edit)))))
+        rows.append(Ladder(*(x.cpu()[fires] for x in (
+            torch.arange(len(tokens)), index[:, 0], predicted.transpose(0, 1), measured, output_cosine,
+            p.state_difference(edit)))))
     return Ladder(*map(torch.cat, zip(*rows)))
 
 
@@ -681,21 +734,24 @@ def agreement(y: Tensor, y_hat: Tensor) -> dict[str, float]:
     """How well y_hat predicts y, any shape, nothing fitted.
 
     r2: 1 − Σ(y − ŷ)² / Σ(y − mean y)², about the line y = ŷ (1 is perfect, 0 no better than the mean, negative worse).
-    slope: of the least-squares line y = slope·ŷ (1 if sizes are right). pearson: correlation. sign_agreement: share of equal signs.
+    slope: of the least-squares line y = slope·ŷ (1 if sizes are right). pearson: correlation.
+    sign_agreement: share of equal signs.
     """
     y, y_hat = y.double().flatten(), y_hat.double().flatten()
     if len(y) < 2:
         return dict(r2=math.nan, slope=math.nan, pearson=math.nan, sign_agreement=math.nan)
     r2 = 1 - (y - y_hat).square().sum() / (y - y.mean()).square().sum()
     return dict(r2=r2.item(), slope=((y * y_hat).sum() / y_hat.square().sum()).item(),
-                pearson=torch.corrcoef(torch.stack([y, y_hat]))[0, 1].item(), sign_agreement=(y.sign() == y_hat.sign()).double().mean().item())
+                pearson=torch.corrcoef(torch.stack([y, y_hat]))[0, 1].item(),
+                sign_agreement=(y.sign() == y_hat.sign()).double().mean().item())
 
 
 def ladder_summary(swap: Ladder, delete: Ladder, sizes: dict[float, Ladder], training: Ladder) -> list[dict]:
-    """A dict per rung: `agreement` of the swap at natural size, and R² for other edits, atoms, horizons, ranks and texts.
+    """A dict per rung: `agreement` of the swap at natural size, and R² for other edits, atoms, horizons,
+    ranks and texts.
 
-    swap, delete, training: ladders of those edits (training: swap, on training text); sizes: of an added atom, by its norm.
-    r2_per_atom is over atoms with three firings or more: the median and the quartiles, as the paper gives them.
+    swap, delete, training: ladders of those edits (training: swap, on training text); sizes: of an added atom, by its
+    norm. r2_per_atom is over atoms with three firings or more: the median and the quartiles, as the paper gives them.
     """
     def r2(ladder: Ladder, rung: int, rows=slice(None), horizon=slice(None), rank=slice(None)) -> float:
         part = lambda x: x[rows][:, horizon][..., rank]                      # [N, 11, n] -> some of it
@@ -705,10 +761,12 @@ def ladder_summary(swap: Ladder, delete: Ladder, sizes: dict[float, Ladder], tra
     atoms, rungs = atoms[count >= 3], []
     for i, (name, order) in enumerate(RUNGS):
         per_atom = torch.tensor([r2(swap, i, rows=swap.atom == atom) for atom in atoms])
-        low, median, high = per_atom.nanquantile(torch.tensor([0.25, 0.5, 0.75])).tolist() if len(atoms) else [math.nan] * 3
+        low, median, high = (per_atom.nanquantile(torch.tensor([0.25, 0.5, 0.75])).tolist() if len(atoms) else
+                             [math.nan] * 3)
         rungs.append(dict(
             name=name, order=order, fitted="fitted" in name, **agreement(swap.measured, swap.predicted[:, i]),
-            r2_delete=r2(delete, i), r2_small=r2(sizes[0.1], i), r2_by_size={str(size): r2(x, i) for size, x in sizes.items()},
+            r2_delete=r2(delete, i), r2_small=r2(sizes[0.1], i),
+            r2_by_size={str(size): r2(x, i) for size, x in sizes.items()},
             r2_training_text=r2(training, i), r2_per_atom=dict(median=median, low=low, high=high, n_atoms=len(atoms)),
             by_horizon=[r2(swap, i, horizon=h) for h in range(HORIZONS)],
             by_rank={str(rank): r2(swap, i, rank=j) for j, rank in enumerate(RANKS)}))
