@@ -492,11 +492,11 @@ def plot_replace(results: list[dict], path: str):
         axes[2].plot([c["coverage"] for c in r["by_coverage"]], [c["win_rate"] for c in r["by_coverage"]],
                      marker="o", label=label)
         axes[2].axhline(r["projected_win_rate"], color=line.get_color(), linestyle="--", linewidth=1)
-    axes[0].set(xlabel="tokens after the write", ylabel="win rate over deletion", title="at firings (dotted: kl@0..10)")
+    axes[0].set(ylim=(0.45, 1.01), xlabel="tokens after the write", ylabel="win rate over deletion", title="at firings (dotted: kl@0..10)")
     axes[1].set(xlabel="tokens after the write", ylabel="recovered fraction", title="at firings (dotted: kl@0..10)",
                 ylim=(0, 1.02))
     axes[2].set(xlabel="coverage: share of positions kept", ylabel="win rate, kl@0..10",
-                title="the best-matched positions (dashed: projected)")
+                title="best matches first (dashed: projected)")
     axes[1].legend()
     save_then_rename(lambda temporary: figure.savefig(temporary, dpi=110, format="png"), path)
 
@@ -511,11 +511,12 @@ def formula(args) -> int:
     for name in args.models:
         model = open_model(name, args.device)
         for layer, head in cells(model, args.layer, args.head):
-            sae, began = find_sae(model, layer, head, args), time.time()
+            sae, began = find_sae(model.float(), layer, head, args).double(), time.time()
+            model.double()                                     # what a small edit moves is to stand clear of rounding
             say(f"formula {name} L{layer}H{head}: the write deleted, swapped for its atom, or an atom of norm ε added, "
                 f"at firings in {n} passages x {len(positions)} positions of "
                 f"{'--text' if args.text else 'held-out text'}; tokens of rank {', '.join(map(str, writesae.RANKS))}; "
-                f"{model.device}, fp32")
+                f"{model.device}, fp64")
 
             def climb(texts: list[str], n: int, change: str | float) -> writesae.Ladder:
                 parts, tokens = [], windows(model, texts, n, PASSAGE)
@@ -525,9 +526,9 @@ def formula(args) -> int:
                     parts.append(one._replace(passage=one.passage + 50 * i))
                 return writesae.Ladder(*map(torch.cat, zip(*parts)))
 
-            swap, delete, half = climb(texts, n, "swap"), climb(texts, n, "delete"), max(4, n // 2)
-            sizes = {size: climb(texts, half, size) for size in (0.1, 0.3, 1.0, 3.0)}
-            rungs = writesae.ladder_summary(swap, delete, sizes, climb(training, half, "swap"))
+            swap, delete, fewer = climb(texts, n, "swap"), climb(texts, n, "delete"), max(4, n // 3)
+            sizes = {size: climb(texts, fewer, size) for size in (0.1, 0.3, 1.0, 3.0)}
+            rungs = writesae.ladder_summary(swap, delete, sizes, climb(training, fewer, "swap"))
             results.append(dict(model=name, layer=layer, head=head, n=len(swap.atom) * len(writesae.RANKS),
                                 n_firings=len(swap.atom), n_passages=len(swap.passage.unique()), rungs=rungs,
                                 state_difference=swap.state_difference.mean(0).tolist(),
@@ -581,16 +582,16 @@ def plot_formula(results: list[dict], drawn: list, path: str):
     figure, axes = plt.subplots(len(drawn), 5, figsize=(15, 3.1 * len(drawn)), constrained_layout=True, squeeze=False)
     for row, (label, swap), r in zip(axes, drawn, results):
         y = swap.measured.flatten()
-        limit = y.abs().quantile(0.995).item() if len(y) < 10_000_000 else y.abs().max().item()
+        limit = y.abs().sort().values[int(0.995 * len(y))].item()
         for ax, i in zip(row, shown):
             ax.scatter(swap.predicted[:, i].flatten(), y, s=2, alpha=0.3, linewidths=0)
             ax.plot([-limit, limit], [-limit, limit], color="black", linewidth=0.7)
-            ax.set(xlim=(-limit, limit), ylim=(-limit, limit), title=f"{label}: {writesae.RUNGS[i][0]}",
-                   xlabel="predicted (nats)", ylabel="measured (nats)")
+            ax.set(xlim=(-limit, limit), ylim=(-limit, limit), xlabel="predicted (nats)", ylabel="measured (nats)")
+            ax.set_title(f"{label}: {writesae.RUNGS[i][0]}", fontsize=9)
             row[4].plot(range(HORIZONS), [max(x, -1) for x in r["rungs"][i]["by_horizon"]], marker="o",
                         label=writesae.RUNGS[i][0])
         row[4].set(xlabel="tokens after the write", ylabel="R² about y = ŷ (cut at −1)", ylim=(-1.05, 1.05))
-        row[4].legend(fontsize=7)
+    axes[0, 4].legend(fontsize=7, loc="center left", bbox_to_anchor=(0, 0.35), framealpha=0.5)
     save_then_rename(lambda temporary: figure.savefig(temporary, dpi=90, format="png"), path)
 
 

@@ -4,10 +4,11 @@ and the test whether an atom can stand for a real write.
 A recurrent layer of Gated DeltaNet, Mamba-2 or RWKV-7 writes one rank-1 matrix k vᵀ per head and token (models.py). An
 atom of this SAE has the same shape, A_i = key_dir_i value_dir_iᵀ, so it can take a write's place in the model's memory:
 
+    rng = torch.Generator().manual_seed(0)
     sae = WriteSAE(n_atoms=1024, K=32, V=32)
-    fit_alternating(sae, k, v)                                         # k [N, K], v [N, V]: any writes, no model needed
-    records = replacement(model, sae, tokens, layer=1, head=0, positions=range(32, 96, 4))
-    figures = summary(records)
+    fit_alternating(sae, k, v, rng)                         # k [N, K], v [N, V]: any writes, no model needed
+    records = replacement(model, sae, tokens, layer=1, head=0, positions=range(32, 96, 4), generator=rng)
+    figures = summary(records, cosine_min=0.71, generator=rng)
 
 Order of this file: matrices as factors - the SAE - its training - the replacement test - its figures - the logit-change
 formula.
