@@ -632,11 +632,11 @@ def summary(records: Records, cosine_min: float, generator: torch.Generator) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 #: each rung's name, and the order in the edit's size to which it is exact (0: not even to the first)
 RUNGS = (("three factors", 0), ("three factors, fitted", 0), ("exact transition", 0), ("direct path", 0),
-         ("full Jacobian", 1), ("mean of two Jacobians", 2), ("exact head, mean of two", 2))
+         ("full Jacobian", 1), ("mean of two Jacobians", 2), ("exact head, mean of two", 2), ("exact head, Simpson", 4))
 
 
 def logit_ladder(model: LanguageModel, p: Point, layer: int, head: int, change: Factored, targets: Tensor):
-    """Seven predictions of how an edit of one head's state at t moves logits at t..t+10, and the measured change.
+    """Eight predictions of how an edit of one head's state at t moves logits at t..t+10, and the measured change.
 
     The edit adds δS = Σ_r keys_r values_rᵀ, so the head's read moves by δo_s = Σ_r (u_s · q_s) values_r
     (models.propagate).
@@ -651,14 +651,16 @@ def logit_ladder(model: LanguageModel, p: Point, layer: int, head: int, change: 
     6 mean of two         ½ (d/dε at 0 + d/dε at 1), the trapezoid rule for ∫ d/dε from 0 to 1     exact to second order
     7 exact head          the change of the layer's output taken as it is, 6 for all that comes after it: a norm is
                           far from linear where a write is most of what it normalises
+    8 exact head, Simpson the same with three Jacobians, at 0, ½ and 1: what is left is beyond second order
 
-    change: keys [P, r, K], values [P, r, V]; targets [P, n] token ids. Returns predictions [7, P, 11, n], the
+    change: keys [P, r, K], values [P, r, V]; targets [P, n] token ids. Returns predictions [8, P, 11, n], the
     measured change [P, 11, n], and the cosine [P, 11] of the layer's output with and without the edit.
     """
     block, cache = model.layers[layer], p.cache.layers[layer]
     pick = lambda logits: wide(logits).gather(-1, targets[:, None].expand(-1, HORIZONS, -1))
     jvp = lambda f, at, direction: torch.func.jvp(f, (at,), (direction,))[1]                        # f'(at) · direction
     mean_of_two = lambda f, at, direction: (jvp(f, at, direction) + jvp(f, at + direction, direction)) / 2
+    simpson = lambda f, at, direction: (2 * mean_of_two(f, at, direction) + 4 * jvp(f, at + direction / 2, direction)) / 6
 
     edits = lambda size: [Edit(layer, head, p.t, key, size * value)
                           for key, value in zip(change.keys.unbind(1), change.values.unbind(1))]
@@ -684,11 +686,11 @@ def logit_ladder(model: LanguageModel, p: Point, layer: int, head: int, change: 
     direct_path = jvp(lambda x: pick(model.unembed(last._replace(x=x))), last.x, jvp(output, o, delta_o))
 
     above = lambda x: model.run(block.feed(Stream(x, p.stream.v_first), cache)[0], p.cache, first=layer + 1)[0]
-    exact_head = mean_of_two(lambda x: pick(model.unembed(above(x))), p.stream.x + output(o),
-                             output(o + delta_o) - output(o))
+    exact_head = lambda rule: rule(lambda x: pick(model.unembed(above(x))), p.stream.x + output(o),
+                                   output(o + delta_o) - output(o))
 
     return (torch.stack([three_factors, fit * three_factors, exact_transition, direct_path, jvp(logits, zero, one),
-                         mean_of_two(logits, zero, one), exact_head]),
+                         mean_of_two(logits, zero, one), exact_head(mean_of_two), exact_head(simpson)]),
             measured, F.cosine_similarity(output(o), output(o + delta_o), dim=-1))
 
 
@@ -696,7 +698,7 @@ class Ladder(NamedTuple):
     """One row per firing, N in all; n tokens each. Logit changes in nats."""
     passage: Tensor          # [N]
     atom: Tensor             # [N]
-    predicted: Tensor        # [N, 7, 11, n] one per rung
+    predicted: Tensor        # [N, 8, 11, n] one per rung
     measured: Tensor         # [N, 11, n]
     output_cosine: Tensor    # [N, 11] between the layer's output with and without the edit
     state_difference: Tensor # [N, 11] ‖δS‖ / ‖S‖ of the edited head
