@@ -570,7 +570,7 @@ def print_formula(results: list[dict]):
               f"  after the swap the state differs by {100 * sum(later) / len(later):.1f} % of its norm over the next "
               f"ten tokens (first {100 * first:.1f} %, tenth {100 * last:.1f} %; the authors' reply: below 5 %);\n"
               f"  the layer's output has a cosine of {min(r['output_cosine']):.4f} or more with the native one at "
-              f"every step;\n  per atom: over the {r['rungs'][0]['r2_per_atom']['n_atoms']} with three firings or more;  "
+              f"every step;\n  per atom: over the {r['rungs'][0]['r2_per_atom']['n_atoms']} atoms that fire, each over its firings, tokens and steps;  "
               f"{r['seconds']} s\n")
     print("""swap: the atom in the write's place. delete: the write taken out. ε: an atom of that norm added. train.: swap on training text.
 Nothing is fitted but rung 2. What each step up is worth: 1 to 3 the erase term; 3 to 4 the head's norm and gate and the final

@@ -754,14 +754,14 @@ def ladder_summary(swap: Ladder, delete: Ladder, sizes: dict[float, Ladder], tra
     ranks and texts.
 
     swap, delete, training: ladders of those edits (training: swap, on training text); sizes: of an added atom, by its
-    norm. r2_per_atom is over atoms with three firings or more: the median and the quartiles, as the paper gives them.
+    norm. r2_per_atom: each atom's R² over its firings, tokens and steps; the median and the quartiles, as the
+    paper gives them.
     """
     def r2(ladder: Ladder, rung: int, rows=slice(None), horizon=slice(None), rank=slice(None)) -> float:
         part = lambda x: x[rows][:, horizon][..., rank]                      # [N, 11, n] -> some of it
         return agreement(part(ladder.measured), part(ladder.predicted[:, rung]))["r2"]
 
-    atoms, count = swap.atom.unique(return_counts=True)
-    atoms, rungs = atoms[count >= 3], []
+    atoms, rungs = swap.atom.unique(), []
     for i, (name, order) in enumerate(RUNGS):
         per_atom = torch.tensor([r2(swap, i, rows=swap.atom == atom) for atom in atoms])
         low, median, high = (per_atom.nanquantile(torch.tensor([0.25, 0.5, 0.75])).tolist() if len(atoms) else
