@@ -147,6 +147,8 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | 
     and results as for `recurrence`; chunk: tokens per chunk, default 32 with one decay per head, 16 with one per
     channel.
     """
+    if s.q.shape[1] == 1:
+        return recurrence(s, state)                                         # one token is the definition
     check_shapes(s, state)
     B, T, H, K = s.q.shape
     V = s.v.shape[-1]
@@ -210,28 +212,29 @@ def propagate(key: Tensor, s: StepInputs) -> tuple[Tensor, Tensor]:
     This is the recurrence itself with a value size of 1, driven by the single write (key, 1) at the first step.
     Replacement, the logit formula and steering all stand on this function.
 
-    key [B, K]; s: the six tensors of the edited head, H = 1, from the edited token on. Returns gain [B, T], the u_s ·
-    q_s, and the last u [B, K].
+    key [B, H, K], one edit per head; s: the six tensors of those heads, from the edited token on. Returns gain
+    [B, T, H], the u_s · q_s, and the last u [B, H, K].
     """
     T = s.q.shape[1]
-    impulse = lambda x: F.pad(x[:, None, None], (0, 0, 0, 0, 0, T - 1))      # [B, ·] -> [B, T, 1, ·], zero after step 0
-    gain, u = recurrence_chunked(s._replace(k=impulse(key), v=impulse(torch.ones_like(key[:, :1]))))
-    return gain[..., 0, 0], u[:, 0, :, 0]
+    impulse = lambda x: F.pad(x[:, None], (0, 0, 0, 0, 0, T - 1))     # [B, H, ·] -> [B, T, H, ·], zero after step 0
+    gain, u = recurrence(s._replace(k=impulse(key), v=impulse(torch.ones_like(key[..., :1]))))
+    return gain[..., 0], u[..., 0]
 
 
 def apply_edits(o: Tensor, state: Tensor, s: StepInputs, start: int, edits: list[Edit]) -> tuple[Tensor, Tensor]:
     """Add the edits of one layer to its reads o [B, T, H, V] and its last state [B, H, K, V];
-    start: position of o's first token."""
-    B, T, H, _ = o.shape
+    start: position of o's first token. All E edits of one position are followed at once."""
+    B = len(o)
     delta_o, delta_state = torch.zeros_like(o), torch.zeros_like(state)
-    for e in edits:                                 # the sum comes first, so an edit and its opposite cancel to the bit
-        t = e.position - start
-        gain, u = propagate(e.key.expand(B, -1), s.slice(slice(t, None), slice(e.head, e.head + 1)))
-        gain = F.pad(gain, (t, 0))                  # nothing before the edit
-        this_head = F.one_hot(torch.tensor(e.head), H).to(o)
-        value = e.value.expand(B, -1)
-        delta_o = delta_o + torch.einsum("bt,h,bv->bthv", gain, this_head, value)
-        delta_state = delta_state + torch.einsum("bk,h,bv->bhkv", u, this_head, value)
+    for position in sorted({e.position for e in edits}):
+        here, t = [e for e in edits if e.position == position], position - start
+        heads = torch.tensor([e.head for e in here], device=o.device)
+        key = torch.stack([e.key.expand(B, -1) for e in here], 1)                         # [B, E, K]
+        value = torch.stack([e.value.expand(B, -1) for e in here], 1)                     # [B, E, V]
+        gain, u = propagate(key, s.slice(slice(t, None), heads))
+        moved = F.pad(gain.unsqueeze(-1) * value.unsqueeze(1), (0, 0, 0, 0, t, 0))        # nothing before the edit
+        delta_o = delta_o.index_add(2, heads, moved)    # the sum comes first: an edit and its opposite cancel to the bit
+        delta_state = delta_state.index_add(1, heads, u.unsqueeze(-1) * value.unsqueeze(-2))
     return o + delta_o, state + delta_state
 
 
@@ -649,6 +652,23 @@ class LanguageModel(nn.Module):
         Nothing passed in is changed."""
         stream, cache = self.run(self.embed(tokens), cache, edits)
         return self.unembed(stream), cache
+
+    def generate(self, logits: Tensor, cache: Cache, n: int) -> tuple[Tensor, Tensor]:
+        """n tokens, each the most probable next one: from the last logits [B, vocab] and the cache they came with.
+
+            logits, cache = model(prompt, edits=edits)
+            tokens, logits = model.generate(logits[:, -1], cache, 20)
+
+        Returns tokens [B, n] and the logits they were chosen from, [B, n, vocab]. The cache passed in is not changed.
+        """
+        tokens, chosen_from = [], []
+        for i in range(n):
+            if i:
+                logits, cache = self(tokens[-1], cache)
+                logits = logits[:, -1]
+            chosen_from.append(logits)
+            tokens.append(logits.argmax(-1, keepdim=True))
+        return torch.cat(tokens, 1), torch.stack(chosen_from, 1)
 
     def embed(self, tokens: Tensor) -> Stream:
         """tokens [B, T] -> the stream before layer 0."""

@@ -3,6 +3,9 @@
     replace   the replacement test on the three embedded models, or on any model: can an SAE's atom stand for
               a real write?
     formula   the logit-change formula, as a ladder from the paper's three factors to exact first and second order
+    steer     edit the cache so that a token appears: the ladder of edits, the least edit (--smallest), or one shown
+              (--prompt TEXT --target TOKEN)
+    erase     take one atom's writes out, at its own firings and elsewhere: does the token that it promotes fall?
     train     train an SAE on the writes of one head and save it beside its model
     pretrain  train an embedded model from nothing
 
@@ -391,6 +394,21 @@ def train(args) -> int:
     return 0
 
 
+def percent(x: float) -> str:
+    """A rate as a percentage, one decimal."""
+    return f"{100 * x:.1f}"
+
+
+def interval(low_high: tuple[float, float]) -> str:
+    """An interval of a rate, in percent."""
+    return "[" + ", ".join(map(percent, low_high)) + "]"
+
+
+def print_rows(*widths: int):
+    """A function that prints its arguments in columns of these widths, negative ones aligned left."""
+    return lambda *cells: print("".join(f"{cell:<{-w}}" if w < 0 else f"{cell:>{w}}" for cell, w in zip(cells, widths)))
+
+
 #: The paper's figures for the table: win rate at firings, and recovered fraction from its medians
 #: (1 − 0.40/1.09 and so on).
 PAPER = {"gdn": dict(win_rate=0.924, per_atom_win_rate=0.898, strict_order_rate=0.895, recovered=0.63,
@@ -443,10 +461,7 @@ def replace(args) -> int:
 
 def print_replace(results: list[dict]):
     """The table: ours at firings and over all positions, the paper's row beside it; then intervals and medians."""
-    percent = lambda x: f"{100 * x:.1f}"
-    interval = lambda low_high: "[" + ", ".join(map(percent, low_high)) + "]"
-    widths = (-12, 6, 8, 20, 10, 11, 12, 8, 11, 11, 8)
-    row = lambda *cells: print("".join(f"{cell:<{-w}}" if w < 0 else f"{cell:>{w}}" for cell, w in zip(cells, widths)))
+    row = print_rows(-12, 6, 8, 20, 10, 11, 12, 8, 11, 11, 8)
     print("Replacement: one atom in a write's place against nothing there. KL to the unmodified model, summed over the "
           "write's step")
     print(f"and the ten after it. A firing: the dominant atom explains {percent(results[0]['cosine_min'] ** 2)} % of "
@@ -477,6 +492,14 @@ def print_replace(results: list[dict]):
 n: firings. cover: their share of all tested positions. win: KL(atom) < KL(delete). recovered: 1 − ΣKL(atom)/ΣKL(delete)
 (the paper's: from its medians). projected: the win rate of a random rank-1 direction at its own best coefficient (50 = it
 means nothing). order: atom < delete < random atom. all: every tested position. noise: median KL with the write put back.""")
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing to files."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
 
 
 def plot_replace(results: list[dict], path: str):
@@ -551,8 +574,7 @@ PAPER_FORMULA = {"gdn": "median R² 0.98 per atom (IQR 0.977-0.990), with a scal
 def print_formula(results: list[dict]):
     """A table per cell: a row per rung, R² about y = ŷ for the two natural edits and for small ones."""
     short = lambda x: f"{x:.3f}" if not x < -9.995 else f"{x:.0e}"
-    widths = (-28, 9, 9, 7, 7, 24, 9, 9, 8, 8, 8)
-    row = lambda *cells: print("".join(f"{cell:<{-w}}" if w < 0 else f"{cell:>{w}}" for cell, w in zip(cells, widths)))
+    row = print_rows(-28, 9, 9, 7, 7, 24, 9, 9, 8, 8, 8)
     for r in results:
         print(f"{r['model']} L{r['layer']}H{r['head']}: change of a logit over the write's step and the ten after it, "
               f"{r['n_firings']} firings x {len(writesae.RANKS)} tokens from {r['n_passages']} passages. "
@@ -597,12 +619,367 @@ def plot_formula(results: list[dict], drawn: list, path: str):
     save_then_rename(lambda temporary: figure.savefig(temporary, dpi=90, format="png"), path)
 
 
-def pyplot():
-    """matplotlib's pyplot, drawing to files."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
+# ---------------------------------------------------------------------------------------------------------------------
+# steer and erase: edits of the cache
+# ---------------------------------------------------------------------------------------------------------------------
+PROMPT, UNRELATED = 96, 32                   # tokens of a prompt, and of the other text that shows what an edit costs
+MAGNITUDES = (1.5, 3.0, 6.0)                 # of each edit, times the native write beside it (Frobenius)
+BUDGET = 2.0                                 # of all edits together, in such writes
+
+
+REACHES = ("head", "layer", "all")
+
+
+def reach_cells(model: LanguageModel, layer: int, head: int, reach: str) -> list[tuple[int, int]]:
+    """The cells that are edited: one head, its layer, or all recurrent layers."""
+    return [(i, h) for i in model.recurrent_layers for h in range(model.layers[i].mixer.heads)
+            if reach == "all" or i == layer and (reach == "layer" or h == head)]
+
+
+def steer(args) -> int:
+    """Steering: the ladder of edits; with --smallest the search for the least one; with --prompt one edit, shown."""
+    if args.prompt is not None or args.target is not None:
+        return steer_one(args)
+    texts = [read_text(args.text)] if args.text else split(python_text())[1]
+    n, each = args.passages or (8 if args.quick else 40 if args.smallest else 35), 1 if args.quick else 3
+    results = []
+    for name in args.models:
+        model, began = open_model(name, args.device), time.time()
+        (layer, head), *more = cells(model, args.layer, args.head)
+        if more:
+            raise InputError("steer takes one cell; --reach layer and --reach all edit more than one")
+        tokens = windows(model, texts, n, PASSAGE)
+        task = Task(model, tokens[:, :PROMPT], tokens.roll(n // 2, 0)[:, :UNRELATED], each, args.seed,
+                    ("100-1000", "absent") if args.smallest else tuple(writesae.STRATA))
+        say(f"steer {name}: {len(task.pairs.target)} pairs of a prompt and a target, {n} prompts of {PROMPT} tokens of "
+            f"{'--text' if args.text else 'held-out text'}; edits at each prompt's last {writesae.EDITED} positions, "
+            f"then {writesae.NEW} tokens decoded greedily; head = L{layer}H{head}; {model.device}, fp32, "
+            f"seed {args.seed}")
+        edits = smallest_edits(task, args) if args.smallest else edit_ladder(task, layer, head, args)
+        results.append(dict(model=name, layer=layer, head=head, edits=edits, seconds=round(time.time() - began, 1)))
+    (print_smallest if args.smallest else print_ladder)(results)
+    if args.json:
+        flat = [dict(model=r["model"], layer=r["layer"], head=r["head"], **edit) for r in results for edit in r["edits"]]
+        write_text(args.json, json.dumps(no_nan(flat), indent=1))
+    if args.plot:
+        plot_steer(results, args.plot)
+    return 0
+
+
+class Task:
+    """The prompts, targets and unrelated texts on which every kind of edit of one model is tried."""
+
+    def __init__(self, model: LanguageModel, prompts: Tensor, unrelated: Tensor, each: int, seed: int,
+                 strata: tuple[str, ...]):
+        self.model, self.tokens, self.unrelated, self.seed, self.strata = model, prompts, unrelated, seed, strata
+        pairs = writesae.draw_targets(self.prompts(writesae.EDITED).logits, prompts, each, self.generator())
+        chosen = torch.tensor([name in strata for name in writesae.STRATA], device=prompts.device)[pairs.stratum]
+        self.pairs = writesae.Pairs(*(x[chosen] for x in pairs))
+        self.native = self.steer()
+
+    def generator(self) -> torch.Generator:
+        """The same draws for every edit."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def prompts(self, positions: int) -> writesae.Prompts:
+        """The prompts, ready for edits of their last positions."""
+        return writesae.read_prompts(self.model, self.tokens, positions)
+
+    def steer(self, positions: int = writesae.EDITED, **how) -> writesae.Continuation:
+        """One kind of edit (`writesae.steer`) on all pairs."""
+        return writesae.steer(self.model, self.prompts(positions), self.pairs, self.unrelated,
+                              generator=self.generator(), **how)
+
+    def summary(self, edited: writesae.Continuation, random: writesae.Continuation, rows: Tensor) -> dict:
+        """`steering_summary` of the pairs where rows [N] is true."""
+        part = [writesae.Continuation(*(x[rows] for x in c)) for c in (edited, self.native, random)]
+        return writesae.steering_summary(*part, self.pairs.prompt.cpu()[rows], self.generator())
+
+    def by_stratum(self, edited: writesae.Continuation, random: writesae.Continuation, rows: Tensor | bool = True):
+        """`summary` of each stratum, of the pairs where rows is true."""
+        stratum = self.pairs.stratum.cpu()
+        return [dict(name=name, **self.summary(edited, random, rows & (stratum == j)))
+                for j, name in enumerate(writesae.STRATA) if name in self.strata]
+
+
+def edit_ladder(task: Task, layer: int, head: int, args) -> list[dict]:
+    """Every value side, key side, reach and magnitude (or those asked for): figures by stratum, and the sign test of
+    one head's edit at the prompt's last position."""
+    chosen = lambda asked, every: every if asked is None else [asked]
+    magnitudes = chosen(args.magnitude, [3.0] if args.quick else MAGNITUDES)
+    keys, values = chosen(args.key, writesae.KEY_SIDES), chosen(args.value, writesae.VALUE_SIDES)
+    grid = [(reach, key, m) for reach in chosen(args.reach, REACHES) for key in keys for m in magnitudes]
+    edits, signs = [], {}
+    last = task.prompts(1)
+    for key, value in ((key, value) for key in keys for value in values if value != "ascent"):
+        rows = task.pairs.prompt
+        sites = [site.rows(rows) for site in writesae.edit_sites(task.model, last, [(layer, head)], key)]
+        predicted, measured = writesae.sign_test(task.model, last.rows(rows), sites, task.pairs.target, value)
+        right = (predicted.sign() == measured.sign()).cpu()
+        signs[key, value] = dict(n=len(right), **writesae.agreement(measured, predicted),
+                                 sign_ci95=writesae.rate_ci95(right, rows.cpu().repeat(2), task.generator()))
+    for reach, key, magnitude in progress(f"steer {task.model.name}")(grid):
+        how = dict(cells=reach_cells(task.model, layer, head, reach), key=key, magnitude=magnitude)
+        random = task.steer(value="random", **how)
+        for value in values:
+            edited = task.steer(value=value, **how)
+            edits.append(dict(value=value, key=key, reach=reach, magnitude=magnitude, size=edited.size.mean().item(),
+                              strata=task.by_stratum(edited, random)))
+            if reach == "head" and (key, value) in signs:
+                edits[-1]["sign_test"] = signs[key, value]
+    return edits
+
+
+def least(candidates: list, passes):
+    """The first of increasing candidates that passes, by bisection (as if all after it passed too); None if none."""
+    low, high = 0, len(candidates)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(candidates[middle]) else (middle + 1, high)
+    return candidates[low] if low < len(candidates) else None
+
+
+def smallest_edits(task: Task, args) -> list[dict]:
+    """The least edit, by ascent, after which at least 99 % of targets of rank 100-1000 appear, in the prompt or not.
+
+    Two searches: the least budget shared by all edits of some layers and positions, and the fewest writes at a given
+    magnitude. The least is found on the even prompts; the figures are from the odd ones, which had no say.
+    """
+    even = task.pairs.prompt.cpu() % 2 == 0
+    model, layers = task.model, task.model.recurrent_layers
+    everywhere = reach_cells(model, 0, 0, "all")
+    budgets = [round(0.25 * 2 ** (i / 4), 2) for i in range(25)]                        # 0.25 to 16
+    counts = [n for n in (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 112, 128)
+              if n < writesae.EDITED * len(everywhere)] + [writesae.EDITED * len(everywhere)]
+    searches = [("all layers", everywhere, n, None) for n in ((3,) if args.quick else (1, 3, 6))]
+    if not args.quick:
+        searches += [(f"layer {i}", [cell for cell in everywhere if cell[0] == i], 3, None) for i in layers]
+    searches += [("best writes", everywhere, 3, m) for m in ((3.0,) if args.quick else MAGNITUDES)]
+    found = []
+    for (where, chosen, positions, each), key in progress(f"smallest {model.name}")(
+            [(search, key) for search in searches for key in ([args.key] if args.key else writesae.KEY_SIDES)]):
+        size = lambda x: (dict(magnitude=x, shared=True) if each is None else dict(magnitude=each, writes=x))
+        tried = {}
+
+        def passes(x) -> bool:
+            tried[x] = task.steer(positions, cells=chosen, key=key, value="ascent", **size(x))
+            return (tried[x].count[even] > 0).double().mean() >= 0.99
+
+        x = least(budgets if each is None else counts, passes)
+        entry = dict(where=where, positions=positions, key=key, value="ascent", n_edits=positions * len(chosen),
+                     n_tried=len(tried), found=x is not None,
+                     **dict(magnitude=each, shared=each is None, writes=None) | size(x or max(tried)))
+        edited = tried[x or max(tried)]
+        random = task.steer(positions, cells=chosen, key=key, value="random", **size(x or max(tried)))
+        found.append(entry | dict(
+            size=edited.size.mean().item(), chosen_on=int(even.sum()),
+            chosen_rate=(edited.count[even] > 0).double().mean().item(),
+            **task.summary(edited, random, ~even), strata=task.by_stratum(edited, random, ~even)))
+    return found
+
+
+#: The paper's one setting that it reports: formula, one head, 3x (Qwen3.5-0.8B; 1.5x 66.7 %; Mamba-2: no effect).
+PAPER_STEER = {"gdn": "66.7 at 1.5x, 100 at 3x and 6x, unedited 33.3, lift 1.27 nats; absent tokens 0",
+               "mamba2": "no effect", "rwkv7": "not reported"}
+
+
+def print_ladder(results: list[dict]):
+    """A table per model: a row per reach, key side and value side, and the random direction."""
+    for r in results:
+        edits, magnitudes = r["edits"], sorted({e["magnitude"] for e in r["edits"]})
+        middle = magnitudes[len(magnitudes) // 2]
+        row = print_rows(-7, -6, -10, 21, *[7] * (len(magnitudes) - 1), 8, 10, 8, 8, 7, 7, 8, 9, 8)
+        columns = [middle] + [m for m in magnitudes if m != middle]
+        native = {s["name"]: s for s in edits[0]["strata"]}
+        pairs = ", ".join(f"{s['n_pairs']} {s['name']} ({s['n_prompts']} prompts)" for s in native.values())
+        print(f"{r['model']}, head = L{r['layer']}H{r['head']}: share of continuations that hold the target, in %. "
+              f"Pairs: {pairs}.")
+        row("", "", "", *(f"{m:g}x" + " [95 % CI]" * (m == middle) for m in columns),
+            *list(writesae.STRATA)[1:], "lift", "rank+%", "times", "KL", "ppl", "cache%")
+        first = native["100-1000"]
+        row("unedited", "", "", f"{percent(first['native_rate'])} {interval(first['native_ci95'])}",
+            *[percent(first["native_rate"])] * (len(columns) - 1),
+            *(percent(native[s]["native_rate"]) for s in list(writesae.STRATA)[1:]), "", "", "", "",
+            f"{first['native_perplexity']:.2f}", "")
+        for reach, key in dict.fromkeys((e["reach"], e["key"]) for e in edits):
+            at = {(e["value"], e["magnitude"]): e for e in edits if (e["reach"], e["key"]) == (reach, key)}
+            for value in ["random", *dict.fromkeys(value for value, _ in at)]:
+                kind = "random" if value == "random" else "edited"
+                get = lambda m: at[next(iter(at))[0] if value == "random" else value, m]
+                s = {x["name"]: x for x in get(middle)["strata"]}
+                main, edited = s["100-1000"], value != "random"
+                row(reach, key, value, f"{percent(main[f'{kind}_rate'])} {interval(main[f'{kind}_ci95'])}",
+                    *(percent(get(m)["strata"][0][f"{kind}_rate"]) for m in columns[1:]),
+                    *(percent(s[name][f"{kind}_rate"]) for name in list(s)[1:]),
+                    f"{main['first_step_lift_nats' if edited else 'random_lift_nats']:+.2f}",
+                    percent(main["rank_improved"]) if edited else "", f"{main['occurrences']:.1f}" if edited else "",
+                    f"{main[f'{kind}_kl_unrelated']:.3f}", f"{main[f'{kind}_perplexity']:.2f}",
+                    percent(get(middle)["size"]) if edited else "")
+        print(f"  the paper (formula, one head): {PAPER_STEER.get(r['model'], 'this model was not tested')}")
+        for e in edits:
+            if "sign_test" in e and e["magnitude"] == middle:
+                t = e["sign_test"]
+                print(f"  sign test, one head, last position, 1x, {e['key']} key, {e['value']}: right in "
+                      f"{percent(t['sign_agreement'])} % {interval(t['sign_ci95'])} of {t['n']}, Pearson "
+                      f"{t['pearson']:.3f}, R² {t['r2']:.3f}")
+        print(f"  {r['seconds']} s\n")
+    print("""The paper's sign test: right in 84.6 % of 2,000, Pearson 0.162, R² -0.06.
+Nx: each edit is N times as large as the write beside it (Frobenius). Columns Nx: targets of rank 100-1000 that stand in the
+prompt. All the others are at the first column's N. rarer: rank above 1000, frequent: rank 2-99, both in the prompt; absent: rank
+100-1000, not in the prompt. From "lift" on: the targets of the first column. lift: mean rise of log p(target) for the first new
+token, nats. rank+: share of ranks improved. times: mean count of the target in 20 tokens. KL: per token of unrelated later
+text. ppl: perplexity of the continuation under the unedited model. cache: all edits against all states (Frobenius).""")
+
+
+def print_smallest(results: list[dict]):
+    """A table per model: for each place and key side the least edit that passed, and its price."""
+    row = print_rows(-26, -7, 16, 8, 22, 9, 10, 8, 8, 8, 8, 8)
+    for r in results:
+        one = r["edits"][0]
+        print(f"{r['model']}: the least edit (ascent) after which >= 99 % of {one['chosen_on']} targets of rank 100-1000 "
+              f"on even prompts appear; figures from {one['n_pairs']} pairs on {one['n_prompts']} odd prompts.")
+        row("where", "key", "least", "cache%", "appear% [95 % CI]", "absent%", "unedited%", "random%", "lift", "times",
+            "KL", "ppl")
+        for e in r["edits"]:
+            least = (f"budget {e['magnitude']:g}" if e["shared"] else f"{e['writes']} at {e['magnitude']:g}x")
+            row(f"{e['where']}, {e['positions']} position{'s' * (e['positions'] > 1)}", e["key"],
+                least if e["found"] else f"none to {e['magnitude'] if e['shared'] else e['writes']:g}",
+                percent(e["size"]), f"{percent(e['edited_rate'])} {interval(e['edited_ci95'])}",
+                percent(e["strata"][1]["edited_rate"]), percent(e["native_rate"]), percent(e["random_rate"]),
+                f"{e['first_step_lift_nats']:+.1f}", f"{e['occurrences']:.1f}", f"{e['edited_kl_unrelated']:.3f}",
+                f"{e['edited_perplexity']:.2f}")
+        print(f"  unedited: perplexity {one['native_perplexity']:.2f};  {r['seconds']} s\n")
+    print("""budget: the size of all edits together in native writes, √Σ(magnitude²), divided among heads and positions by the ascent.
+N at Mx: only the N writes of each prompt whose edits lift most to first order, each at M times the write beside it.
+cache: all edits against all states (Frobenius). times: mean count of the target in 20 tokens. KL: per token of unrelated later
+text. ppl: perplexity of the continuation under the unedited model. random: the same keys and sizes, random values.""")
+
+
+def steer_one(args) -> int:
+    """Show one edit: the continuation before and after, and the target's rank and probability step by step."""
+    if not args.prompt or not args.target:
+        raise InputError("an empty prompt or target: give both --prompt TEXT and --target TOKEN")
+    shown = []
+    for name in args.models:
+        model = open_model(name, args.device)
+        (layer, head), *_ = cells(model, args.layer, args.head)
+        tokenizer = models.load_tokenizer(model)
+        target = tokenizer.encode(args.target)
+        if len(target) != 1:
+            pieces = ", ".join(repr(tokenizer.decode([i])) for i in target)
+            raise InputError(f"--target {args.target!r} is {len(target)} tokens for {name}: {pieces}; give one of them")
+        tokens = torch.tensor([tokenizer.encode(args.prompt)], device=model.device)
+        prompts = writesae.read_prompts(model, tokens)
+        pairs = writesae.Pairs(*torch.tensor([[0], target, [0]], device=model.device))
+        how = dict(cells=reach_cells(model, layer, head, args.reach or "all"), key=args.key or "read",
+                   value=args.value or "ascent", generator=torch.Generator().manual_seed(args.seed),
+                   magnitude=BUDGET if args.magnitude is None else args.magnitude, shared=args.magnitude is None)
+        unrelated = tokens[:, :1]
+        before = writesae.steer(model, prompts, pairs, unrelated)
+        after = writesae.steer(model, prompts, pairs, unrelated, **how)
+        last = ", ".join(repr(tokenizer.decode([i])) for i in prompts.last[0].tolist())
+        text = [args.prompt + tokenizer.decode(c.tokens[0].tolist()) for c in (before, after)]
+        size = (f"together as large as {how['magnitude']:g} native writes" if how["shared"] else
+                f"each {how['magnitude']:g} times as large as the write beside it")
+        print(f"{name}: {len(how['cells']) * writesae.EDITED} edits ({how['value']}, {how['key']} key, reach "
+              f"{args.reach or 'all'}), {size}, at the last {writesae.EDITED} of {tokens.shape[1]} tokens: {last}\n"
+              f"  target {args.target!r}; all edits are {100 * after.size.item():.1f} % of the cache (Frobenius)\n"
+              f"  before: {text[0]!r}\n  after:  {text[1]!r}")
+        row = print_rows(6, 14, 12, 16, 14, 12, 16)
+        row("step", "token before", "rank", "p(target)", "token after", "rank", "p(target)")
+        for i in range(writesae.NEW):
+            side = lambda c: (repr(tokenizer.decode([c.tokens[0, i].item()])), c.rank[0, i].item(),
+                              f"{c.log_p[0, i].exp().item():.2e}")
+            row(i + 1, *side(before), *side(after))
+        print()
+        first = tokens.shape[1] - writesae.EDITED
+        shown.append(dict(
+            model=name, prompt=[tokenizer.decode([i]) for i in tokens[0].tolist()], target=args.target,
+            positions=list(range(first, first + writesae.EDITED)), value=how["value"], key=how["key"],
+            reach=args.reach or "all", magnitude=how["magnitude"], shared=how["shared"], size=after.size.item(),
+            before=text[0], after=text[1], rank_before=before.rank[0].tolist(), rank_after=after.rank[0].tolist(),
+            log_p_before=before.log_p[0].tolist(), log_p_after=after.log_p[0].tolist()))
+    if args.json:
+        write_text(args.json, json.dumps(no_nan(shown), indent=1))
+    return 0
+
+
+def plot_steer(results: list[dict], path: str):
+    """A panel per model: what every edit gives, the share of targets that appear, against what it costs."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(results), figsize=(4.6 * len(results), 3.8), constrained_layout=True,
+                                squeeze=False)
+    marks = dict(formula="s", gradient="o", ascent="^")
+    colours = dict(head="tab:grey", layer="tab:orange", all="tab:blue")
+    for ax, r in zip(axes[0], results):
+        for e in r["edits"]:
+            for s in e["strata"]:
+                if s["name"] in ("100-1000", "absent"):
+                    colour = colours.get(e.get("reach"), "tab:green")
+                    ax.scatter(s["edited_kl_unrelated"], 100 * s["edited_rate"], marker=marks[e["value"]], s=28,
+                               edgecolors=colour, linewidths=1, alpha=0.8 if s["name"] == "100-1000" else 0.35,
+                               facecolors=colour if e["key"] == "read" else "none")
+        ax.set(xscale="log", xlabel="cost: KL per token of unrelated later text (nats)", ylabel="targets that appear, %",
+               title=r["model"], ylim=(-3, 103))
+    labels = ([(marks[v], "black", v) for v in marks] + [(".", c, reach) for reach, c in colours.items()])
+    for mark, colour, label in labels:
+        axes[0, -1].scatter([], [], marker=mark, color=colour, label=label)
+    axes[0, -1].legend(fontsize=7, loc="lower right", title="filled: read key; pale: absent", title_fontsize=7)
+    save_then_rename(lambda temporary: figure.savefig(temporary, dpi=100, format="png"), path)
+
+
+def erase(args) -> int:
+    """Erasing: an atom's write taken out at its own firings, and at as many other positions."""
+    texts = [read_text(args.text)] if args.text else split(python_text())[1]
+    n = args.passages or (80 if args.quick else 600)
+    results = []
+    for name in args.models:
+        model = open_model(name, args.device)
+        tokens = windows(model, texts, n, PASSAGE)
+        tokenizer = models.load_tokenizer(model)
+        for layer, head in cells(model, args.layer, args.head):
+            sae, began, generator = find_sae(model, layer, head, args), time.time(), torch.Generator().manual_seed(args.seed)
+            if sae.cfg["source"] != "write":
+                raise InputError("erase takes an SAE on writes, this one codes states; leave --source out")
+            cosine_min = args.cosine_min if args.cosine_min is not None else sae.cfg["cosine_min"]
+            atoms, promoted, erased = writesae.erasure(
+                model, sae, tokens, layer, head, range(POSITIONS.start, PASSAGE - HORIZONS + 1), generator, cosine_min,
+                n_atoms=5 if args.quick else 20, progress=progress(f"erase {name}"))
+            say(f"erase {name} L{layer}H{head}: the {len(atoms)} atoms that fire most in {n} passages of "
+                f"{'--text' if args.text else 'held-out text'}; tokens chosen on the even ones, tested on the odd; "
+                f"{model.device}, fp32, seed {args.seed}")
+            part = lambda rows: writesae.erasure_summary(writesae.Erased(*(x[rows] for x in erased)), generator)
+            results.append(dict(
+                model=name, layer=layer, head=head, all=part(slice(None)),
+                atoms=[dict(atom=atom.item(), token=token.item(), text=tokenizer.decode([token.item()]),
+                            **part(erased.atom == j)) for j, (atom, token) in enumerate(zip(atoms, promoted))],
+                seconds=round(time.time() - began, 1)))
+    print_erase(results)
+    if args.json:
+        write_text(args.json, json.dumps(no_nan(results), indent=1))
+    return 0
+
+
+def print_erase(results: list[dict]):
+    """A table per cell: all firings together, then the atoms."""
+    row = print_rows(-10, -16, 9, 12, 12, 9, 12, 12, 10, 10)
+    for r in results:
+        print(f"{r['model']} L{r['layer']}H{r['head']}: change of the promoted token's log-probability when the atom's "
+              "write is taken out, nats, median of firings")
+        row("atom", "token", "firings", "at firings", "mean", "falls%", "elsewhere", "own share", "p paired", "p alone")
+        for e in [dict(r["all"], atom="all", text=""), *r["atoms"]]:
+            row(e["atom"], repr(e["text"]) if e["text"] else "", e["n_firings"], f"{e['firing_median']:+.5f}",
+                f"{e['firing_mean']:+.5f}", percent(e["firing_falls"]), f"{e['elsewhere_median']:+.5f}",
+                f"{e['own_share_median']:+.5f}", f"{e['p_paired']:.1e}", f"{e['p_firing']:.1e}")
+        low, high = r["all"]["mean_ci95"]
+        fall = [a for a in r["atoms"] if a["p_firing"] < 0.05 and a["firing_mean"] < 0]
+        print(f"  mean over all firings {r['all']['firing_mean']:+.5f} [{low:+.5f}, {high:+.5f}] by passage; "
+              f"{len(fall)} of {len(r['atoms'])} atoms: token falls with p < 0.05;  {r['seconds']} s\n")
+    print("""The paper: one atom, 150 firings, median -0.116 nats, p 1e-6, no effect elsewhere.
+The token was chosen on the even passages (the one that loses most on the mean), all figures are from the odd ones. Changes are
+means over the write's step and the ten after it. elsewhere: the same matrix taken out where the atom does not fire; own share:
+there, only as much of it as the atom's coefficient says. p: signs of whole passages flipped, two-sided, 10,000 draws; paired:
+firings against elsewhere; alone: firings against zero.""")
 
 
 def record_lines(name: str, layer: int, head: int, records: Records) -> str:
@@ -654,27 +1031,39 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see python run.py --help")
 
 
+COMMANDS = dict(replace=replace, formula=formula, steer=steer, erase=erase, train=train, pretrain=pretrain)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line. Raises InputError for a wrong one."""
     p = Parser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", choices=["replace", "formula", "train", "pretrain"])
+    p.add_argument("command", choices=list(COMMANDS))
     p.add_argument("--model",
                    help="gdn, mamba2, rwkv7 (default: all three), a folder, or a hub id such as Qwen/Qwen3.5-0.8B")
     p.add_argument("--layer", help="a recurrent layer, from 0, or all (default: the second recurrent one)")
     p.add_argument("--head", default="0", help="a head, from 0, or all (default 0)")
     p.add_argument("--text", help="test on this text file instead of the held-out Python text")
-    p.add_argument("--passages", type=int, help="number of test passages (default: replace 176, formula 100)")
+    p.add_argument("--passages", type=int, help="number of test passages or prompts (default: replace 176, formula 100, steer 35, "
+                   "steer --smallest 40, erase 600)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="the same code on a small sample, in seconds")
-    p.add_argument("--json", help="replace, formula: write the results there")
-    p.add_argument("--plot", help="replace, formula: draw the figures into this PNG")
+    p.add_argument("--json", help="write the results there (replace, formula, steer, erase)")
+    p.add_argument("--plot", help="draw the figures into this PNG (replace, formula, steer)")
     p.add_argument("--records", help="replace: write one JSON line per tested position there")
     p.add_argument("--sae", help="this SAE file instead of the one beside the model")
     p.add_argument("--source", default="write", choices=["write", "state"],
                    help="what the SAE codes (state: the paper's recipe)")
     p.add_argument("--write", default="value", choices=["value", "delta"],
                    help="the native write: k vᵀ, or all that a token adds")
+    p.add_argument("--prompt", help="steer: show one edit of this text's cache, with --target")
+    p.add_argument("--target", help="steer: the token that is to appear after --prompt")
+    p.add_argument("--key", choices=writesae.KEY_SIDES, help="steer: only this key side (shown: read)")
+    p.add_argument("--value", choices=writesae.VALUE_SIDES, help="steer: only this value side (shown: ascent)")
+    p.add_argument("--reach", choices=REACHES, help="steer: edit one head, its layer, or all (shown: all)")
+    p.add_argument("--magnitude", type=float, help="steer: only this size of each edit, times the write beside it "
+                   f"(shown: {BUDGET:g} of such writes in all)")
+    p.add_argument("--smallest", action="store_true", help="steer: search the least edit that makes targets appear")
     p.add_argument("--scale", default="activation", choices=["activation", "norm", "least-squares"],
                    help="size of the atom put in")
     p.add_argument("--cosine-min", type=float, help="least cosine of a firing (default: as stored in the SAE)")
@@ -690,6 +1079,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.models = [args.model] if args.model else list(EMBEDDED)
     if args.passages is not None and args.passages < 1:
         raise InputError(f"--passages {args.passages}: at least 1")
+    if args.magnitude is not None and not 0 <= args.magnitude < math.inf:
+        raise InputError(f"--magnitude {args.magnitude}: allowed are finite numbers from 0")
+    if args.smallest and not (args.value is args.reach is args.magnitude is None):
+        raise InputError("--smallest searches reach and magnitude itself, by ascent; leave --value, --reach, --magnitude out")
     for path in filter(None, (args.json, args.records, args.plot)):
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise InputError(f"{path}: cannot be written, its folder does not exist; make it first")
@@ -702,7 +1095,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, or 2 after one line on stderr."""
     try:
         args = parse(argv)
-        return {"replace": replace, "formula": formula, "train": train, "pretrain": pretrain}[args.command](args)
+        return COMMANDS[args.command](args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

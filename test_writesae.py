@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 
 # before imports
@@ -126,22 +127,21 @@ def test_chunks_and_splits_give_the_loop(kind, seed, T, K, V, chunk, with_state)
 
 @given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 30), st.integers(1, 9), st.integers(1, 9))
 def test_an_edit_stays_rank_one_and_propagate_follows_it(kind, seed, T, K, V):
-    """Adding u yᵀ to the state after the first token moves every later read by (u_s · q_s) y and the
+    """Adding u yᵀ to each head's state after the first token moves every later read by (u_s · q_s) y and the
     last state by u_T yᵀ."""
-    s = random_steps(kind, seed, T=T, H=1, K=K, V=V)
-    u, y = torch.randn(2, K, generator=rng(seed)), torch.randn(2, V, generator=rng(seed + 1))
+    s = random_steps(kind, seed, T=T, H=3, K=K, V=V)
+    u, y = torch.randn(2, 3, K, generator=rng(seed)), torch.randn(2, 3, V, generator=rng(seed + 1))
     gain, last = propagate(u, s)
     o, S = recurrence(s)
     _, S_1 = recurrence(s.slice(slice(0, 1)))
-    S_1 = S_1 + u[:, None, :, None] * y[:, None, None]
+    S_1 = S_1 + u[..., None] * y[..., None, :]
     o_edited = [torch.einsum("bhkv,bhk->bhv", S_1, s.q[:, 0])[:, None]]
     S_edited = S_1
     if T > 1:
         later, S_edited = recurrence(s.slice(slice(1, T)), S_1)
         o_edited.append(later)
-    torch.testing.assert_close(torch.cat(o_edited, 1)[:, :, 0] - o[:, :, 0], gain[..., None] * y[:, None],
-                               atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close((S_edited - S)[:, 0], last[..., None] * y[:, None], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.cat(o_edited, 1) - o, gain[..., None] * y[:, None], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(S_edited - S, last[..., None] * y[..., None, :], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("swap", ["value first", "heads before time", "log_decay without its last axis"])
@@ -610,7 +610,7 @@ def test_the_state_part_of_the_formula_is_exact_at_any_size(kind, seed, K, V, si
     s = random_steps(kind, seed, T=11, H=1, K=K, V=V)
     s = StepInputs(*(None if x is None else x.double() for x in s))
     u, y = torch.randn(2, K, generator=rng(seed)).double(), size * torch.randn(2, V, generator=rng(seed + 1)).double()
-    gain, _ = propagate(u, s)
+    gain = propagate(u[:, None], s)[0][..., 0]
     S = states(s)[:, 0] + u[:, None, :, None] * y[:, None, None]
     edited, _ = recurrence(s.slice(slice(1, None)), S)
     exact = edited[:, :, 0] - recurrence(s)[0][:, 1:, 0]
@@ -652,6 +652,228 @@ def test_agreement_by_hand():
     """y = 1, 2, 3 predicted as 1, 2, 5: R² = 1 − 4/2 = −1, slope 20/30, all signs right."""
     fit = writesae.agreement(torch.tensor([1.0, 2, 3]), torch.tensor([1.0, 2, 5]))
     assert fit["r2"] == pytest.approx(-1) and fit["slope"] == pytest.approx(20 / 30) and fit["sign_agreement"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steering and erasing
+# ---------------------------------------------------------------------------------------------------------------------
+def steering_task(kind: str, seed: int = 0, T: int = 12, cells=((1, 0), (1, 2), (2, 1))):
+    """A tiny model, prompts, one target for each, another text, and the cells that are edited."""
+    model = tiny_model(kind, seed)
+    pairs = writesae.Pairs(torch.tensor([0, 1, 1]), torch.tensor([7, 20, 33]), torch.zeros(3, dtype=torch.long))
+    return model, random_tokens(seed, T=T), pairs, random_tokens(seed + 1, T=5), list(cells)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_decoding_with_a_cache_is_decoding_from_scratch_edits_included(kind):
+    model, prompt, *_ = steering_task(kind)
+    edits = [Edit(1 + t % 2, t % 3, t, torch.randn(model.layers[1].mixer.K, generator=rng(t)),
+                  torch.randn(model.layers[1].mixer.V, generator=rng(t + 50))) for t in (9, 10, 10, 11)]
+    _, cache = model(prompt[:, :9])
+    logits, cache = model(prompt[:, 9:], cache, edits)
+    tokens, logits = model.generate(logits[:, -1], cache, 8)
+    scratch = model(torch.cat([prompt, tokens], 1), edits=edits)[0][:, 11:-1]
+    torch.testing.assert_close(logits, scratch, atol=2e-4, rtol=1e-4)
+    assert torch.equal(tokens, scratch.argmax(-1))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("key", writesae.KEY_SIDES)
+def test_steering_is_a_full_forward_pass_with_edits(kind, key):
+    """Tokens, ranks, price and judgement of `steer` against whole passes from the first token, cells of two layers."""
+    model, prompt, pairs, other, cells = steering_task(kind)
+    fast = writesae.steer(model, writesae.read_prompts(model, prompt), pairs, other, cells, key, "gradient", 3.0)
+    ready = writesae.read_prompts(model, prompt).rows(pairs.prompt)
+    sites = writesae.edit_sites(model, ready, cells, key)
+    values = writesae.steering_values(model, ready, sites, pairs.target, "gradient", 3.0)
+    edits = writesae.edits_at(sites, values, prompt.shape[1] - 3)
+    prompt, other, native = prompt[pairs.prompt], other[pairs.prompt], []
+    tokens = prompt
+    for i in range(writesae.NEW):
+        log_p = model(tokens, edits=edits)[0][:, -1].log_softmax(-1)
+        of_target = log_p.gather(-1, pairs.target[:, None])
+        assert torch.equal((log_p > of_target).sum(-1) + 1, fast.rank[:, i])
+        torch.testing.assert_close(fast.log_p[:, i], of_target[:, 0], atol=2e-4, rtol=1e-4)
+        native.append(model(tokens)[0][:, -1].log_softmax(-1))
+        tokens = torch.cat([tokens, log_p.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(tokens[:, prompt.shape[1]:], fast.tokens)
+    nll = -torch.stack(native, 1).gather(-1, fast.tokens[..., None]).mean((1, 2))
+    torch.testing.assert_close(fast.nll, nll, atol=2e-4, rtol=1e-3)
+    a, b = (model(torch.cat([prompt, other], 1), edits=e)[0][:, prompt.shape[1]:].log_softmax(-1) for e in ((), edits))
+    torch.testing.assert_close(fast.kl, (a.exp() * (a - b)).sum(-1).mean(-1), atol=2e-5, rtol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_an_edit_of_zero_size_changes_nothing_and_none_leaks(kind):
+    model, prompt, pairs, other, cells = steering_task(kind)
+    prompts = writesae.read_prompts(model, prompt)
+    before = [{name: x.clone() for name, x in layer.items()} for c in (prompts.cache, prompts.after) for layer in c.layers]
+    native = writesae.steer(model, prompts, pairs, other)
+    for value in ("random", *writesae.VALUE_SIDES):
+        nothing = writesae.steer(model, prompts, pairs, other, cells, "write", value, 0.0, generator=rng(0))
+        assert all(torch.equal(x, y) for x, y in zip(native, nothing))
+        assert (writesae.steer(model, prompts, pairs, other, cells, "read", value, 5.0, generator=rng(0)).kl > 0).all()
+    after = [layer for c in (prompts.cache, prompts.after) for layer in c.layers]
+    assert all(torch.equal(x[name], y[name]) for x, y in zip(before, after) for name in x)
+    assert all(torch.equal(x, y) for x, y in zip(native, writesae.steer(model, prompts, pairs, other)))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_gradients_lift_is_what_finite_differences_say(kind):
+    """d logit[target] along a random change of all values, at zero and elsewhere: to 1e-6 of it, in float64."""
+    model, prompt, pairs, _, cells = steering_task(kind)
+    model.double()
+    prompts = writesae.read_prompts(model, prompt).rows(pairs.prompt)
+    sites = writesae.edit_sites(model, prompts, cells)
+    random = lambda seed: writesae.steering_values(model, prompts, sites, pairs.target, "random", 1.0, generator=rng(seed))
+    direction = random(0)
+
+    def logit(values):
+        edits = writesae.edits_at(sites, values, prompts.cache.length)
+        return model(prompts.last, prompts.cache, edits)[0][:, -1].gather(-1, pairs.target[:, None])[:, 0]
+
+    for at in ([torch.zeros_like(y) for y in direction], random(1)):
+        slope = writesae.gradient(model, prompts, sites, pairs.target, at)
+        step = lambda e: logit([y + e * d for y, d in zip(at, direction)])
+        measured = (step(1e-4) - step(-1e-4)) / 2e-4
+        predicted = sum((g * d).sum((1, 2, 3)) for g, d in zip(slope, direction))
+        torch.testing.assert_close(predicted, measured, atol=1e-7, rtol=1e-6)
+
+
+class HandMade(torch.nn.Module):
+    """One head of 2 x 1: always writes under the key (1, 0), forgets half at each step, reads with q,
+    and hands what it reads to the output unchanged."""
+    heads, K, V = 1, 2, 1
+
+    def __init__(self, q: list[float], out: list[float]):
+        super().__init__()
+        self.q, self.out_weight = torch.tensor(q), torch.tensor(out).view(2, 1, 1)
+
+    def empty_cache(self, B, like):
+        return {"state": torch.zeros(B, 1, 2, 1)}
+
+    def inputs(self, h, cache, v_first=None):
+        constant = lambda row: torch.tensor(row).expand(*h.shape[:2], 1, -1)
+        return StepInputs(constant(self.q.tolist()), constant([1.0, 0.0]), constant([2.0]),
+                          constant([math.log(0.5)])), None, {}
+
+    def output(self, o, s, rest):
+        return torch.einsum("bthv,dhv->btd", o, self.out_weight)
+
+
+@pytest.mark.parametrize("query", [1.0, -1.0])
+@pytest.mark.parametrize("target, sign", [(0, 1.0), (1, -1.0)])
+def test_the_formulas_direction_by_hand(query, target, sign):
+    """Two tokens, logits (x_0, x_1), and the head writes (o, −o) into x: token 0 wants o up, token 1 down.
+
+    An edit of value y at the last of two positions is read once, with gain 2 · query (the key is as long as the write,
+    2), at the one before it with half of that. So the value's sign is the target's times the query's, and the logit
+    rises by |gain| at each: the formula is exact here, since nothing comes after the read.
+    """
+    model = LanguageModel("hand", 2, 2, [Block(HandMade([query, 0.0], [1.0, -1.0]), torch.nn.Identity())],
+                          torch.nn.Identity(), tied=False).requires_grad_(False)
+    model.head.weight.copy_(torch.eye(2))
+    prompts = writesae.read_prompts(model, torch.tensor([[0, 1, 0]]), 2)
+    sites = writesae.edit_sites(model, prompts, [(0, 0)])
+    assert sites[0].gain.flatten().tolist() == [query, 2 * query]
+    slope, = writesae.slopes(model, prompts, sites, torch.tensor([target]), "formula")
+    assert slope.flatten().tolist() == [sign * query, 2 * sign * query]
+    for kind in ("formula", "gradient"):
+        predicted, measured = writesae.sign_test(model, prompts, sites, torch.tensor([target]), kind)
+        assert predicted.tolist() == [3.0, -3.0]
+        torch.testing.assert_close(measured, predicted)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_read_key_is_the_one_that_coming_reads_weigh_most(kind):
+    """No random key of its length has larger squared gains, by the token loop; at the last position it is the query."""
+    model, prompt, _, _, cells = steering_task(kind)
+    prompts = writesae.read_prompts(model, prompt)
+    for site in writesae.edit_sites(model, prompts, cells, "read"):
+        s = prompts.steps[site.layer].slice(slice(None), site.heads)
+        norm = s.k.norm(dim=-1) * s.v.norm(dim=-1)
+        torch.testing.assert_close(site.key.norm(dim=-1), norm)
+        torch.testing.assert_close(F.cosine_similarity(site.key[:, -1], s.q[:, -1], dim=-1), torch.ones(norm[:, -1].shape))
+        heard = lambda key, t: propagate(key, s.slice(slice(t, None)))[0].square().sum(1)
+        for t in range(3):
+            other = norm[:, t, :, None] * F.normalize(torch.randn(50, *site.key[:, t].shape, generator=rng(t)), dim=-1)
+            best = torch.stack([heard(key, t) for key in other]).amax(0)
+            assert (heard(site.key[:, t], t) >= best * (1 - 1e-4)).all()
+
+
+@given(st.integers(0, 99), st.floats(0.1, 9), st.booleans())
+def test_sizes_are_what_they_say(seed, magnitude, shared):
+    """Alone, each edit's Frobenius norm is the magnitude times its write's; shared, the magnitudes' squares add up."""
+    model, prompt, pairs, _, cells = steering_task("gdn", seed)
+    prompts = writesae.read_prompts(model, prompt)
+    sites = writesae.edit_sites(model, prompts, cells)
+    values = writesae.steering_values(model, prompts, sites, None, "random", magnitude, shared, rng(seed))
+    lengths = torch.cat([y.norm(dim=-1).flatten(1) for y in values], 1)
+    expected = torch.full((2,), magnitude) if shared else torch.full_like(lengths, magnitude)
+    torch.testing.assert_close(lengths.square().sum(1).sqrt() if shared else lengths, expected)
+    for site in sites:
+        s = prompts.steps[site.layer].slice(slice(None), site.heads)
+        torch.testing.assert_close(site.key.norm(dim=-1), (s.k.norm(dim=-1) * s.v.norm(dim=-1)))
+
+
+def test_ascent_climbs_and_few_writes_are_the_best_ones():
+    model, prompt, pairs, other, cells = steering_task("gdn")
+    prompts = writesae.read_prompts(model, prompt)
+    lift = lambda **how: writesae.steer(model, prompts, pairs, other, cells, "write", magnitude=2.0, generator=rng(0),
+                                        **how).log_p[:, 0]
+    assert (lift(value="ascent") > lift(value="gradient")).all() and (lift(value="gradient") > lift(value="random")).all()
+    ready = prompts.rows(pairs.prompt)
+    sites = writesae.edit_sites(model, ready, cells)
+    slope = writesae.slopes(model, ready, sites, pairs.target, "gradient")
+    kept = torch.cat([site.key.norm(dim=-1).flatten(1) for site in writesae.best_writes(sites, slope, 2)], 1) > 0
+    lengths = torch.cat([g.norm(dim=-1).flatten(1) for g in slope], 1)
+    assert (kept.sum(1) == 2).all()
+    assert (lengths.masked_fill(~kept, math.inf).amin(1) >= lengths.masked_fill(kept, 0).amax(1)).all()
+
+
+def test_targets_are_unique_and_of_their_stratum():
+    logits, tokens = torch.randn(6, 3000, generator=rng(0)), random_tokens(0, B=6, T=400, vocab=3000)
+    pairs = writesae.draw_targets(logits, tokens, 3, rng(0))
+    assert len(set(zip(pairs.prompt.tolist(), pairs.target.tolist()))) == len(pairs.target)
+    for prompt, target, stratum in zip(*(x.tolist() for x in pairs)):
+        low, high, inside = list(writesae.STRATA.values())[stratum]
+        rank = 1 + int((logits[prompt] > logits[prompt, target]).sum())
+        assert low <= rank <= (high or 3000) and (target in tokens[prompt].tolist()) == inside
+    assert torch.bincount(pairs.stratum).tolist() == [18, 18, 18, 18]
+
+
+def test_the_least_edit_is_found_by_bisection():
+    for n in range(12):
+        for first in range(n + 1):
+            tried = []
+            found = run.least(list(range(n)), lambda x: tried.append(x) or x >= first)
+            assert found == (first if first < n else None) and len(tried) <= 4
+    low, high = writesae.rate_ci95(torch.ones(50, dtype=torch.bool), torch.arange(50), rng(0))
+    assert 0.9 < low < 0.95 and high == pytest.approx(1)                  # Wilson's, where redrawing shows no spread
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_taking_a_matrix_out_is_a_full_forward_pass_with_the_edit(kind):
+    model, tokens = tiny_model(kind), random_tokens(3, B=4, T=30)
+    passage, position = torch.tensor([2, 0, 2, 3]), torch.tensor([9, 5, 5, 9])
+    mixer = model.layers[1].mixer
+    X = write_of(torch.randn(4, mixer.K, generator=rng(1)), torch.randn(4, mixer.V, generator=rng(2)))
+    seen = 0
+    for events, change in writesae.taken_out(model, tokens, 1, 2, passage, position, X):
+        for i, row in zip(events.tolist(), change):
+            t, one = int(position[i]), tokens[passage[i]][None]
+            edited = model(one, edits=[Edit(1, 2, t, -X.keys[i, 0], X.values[i, 0])])[0].log_softmax(-1)
+            expected = (edited - model(one)[0].log_softmax(-1))[0, t:t + 11].mean(0)
+            torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-3)
+            seen += 1
+    assert seen == 4
+
+
+def test_sign_flips_by_hand():
+    """Three passages with totals 1, 1, 1: of the 8 patterns two reach |3|, so p is 1/4. Opposite signs: p = 1."""
+    p = writesae.sign_flip(torch.tensor([0.5, 0.5, 1.0, 1.0]), torch.tensor([0, 0, 1, 2]), rng(0))
+    assert p == pytest.approx(0.25, abs=0.02)
+    assert writesae.sign_flip(torch.tensor([1.0, -1.0]), torch.tensor([0, 1]), rng(0)) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -707,6 +929,17 @@ def test_a_spoiled_checkpoint_is_refused_by_name(tmp_path, kind, message):
     (["replace", "--model", "gdn", "--quick", "--json", "no-such-folder/x.json"], "cannot be written"),
     (["replace", "--device", "abacus"], "abacus"),
     (["replace", "--passages", "0"], "at least 1"),
+    (["steer", "--model", "gdn", "--prompt", "def f", "--target", "not one token"], "is 3 tokens for gdn: 'not', ' one'"),
+    (["steer", "--model", "gdn", "--prompt", "", "--target", "x"], "empty prompt"),
+    (["steer", "--model", "gdn", "--prompt", "x", "--target", "x"], "1 tokens, its last 3 are edited"),
+    (["steer", "--model", "gdn", "--prompt", "def f(x): return"], "give both"),
+    (["steer", "--magnitude", "nan"], "finite"),
+    (["steer", "--magnitude", "inf", "--model", "gdn", "--prompt", "def f(x): return", "--target", "x"], "finite"),
+    (["steer", "--magnitude", "-1"], "finite numbers from 0"),
+    (["steer", "--model", "gdn", "--head", "all"], "one cell"),
+    (["steer", "--smallest", "--magnitude", "3"], "searches"),
+    (["erase", "--model", "gdn", "--source", "state"], "takes an SAE on writes"),
+    (["erase", "--model", "gdn", "--cosine-min", "2", "--quick"], "no atom fires"),
     (["pretrain", "--model", "gpt"], "allowed are gdn"),
     (["dance"], "invalid choice"),
 ])
@@ -743,6 +976,46 @@ def test_formula_quick_end_to_end(tmp_path, capsys):
     assert (by_name["three factors"]["r2"] < 0.5 and
             [rung["fitted"] for rung in r["rungs"]] == [False, True] + 6 * [False])
     assert figure.read_bytes().startswith(b"\x89PNG") and "the paper" in capsys.readouterr().out
+
+
+def test_steer_quick_end_to_end(tmp_path, capsys):
+    out, figure = tmp_path / "s.json", tmp_path / "s.png"
+    assert run.main(["steer", "--quick", "--model", "mamba2", "--passages", "4", "--key", "read", "--json", str(out),
+                     "--plot", str(figure)]) == 0
+    edits = json.loads(out.read_text())
+    assert [(e["reach"], e["value"]) for e in edits] == [(r, v) for r in run.REACHES for v in writesae.VALUE_SIDES]
+    best = edits[-1]
+    assert (best["model"], best["key"], best["magnitude"]) == ("mamba2", "read", 3.0)
+    assert [s["name"] for s in best["strata"]] == list(writesae.STRATA)
+    for s in best["strata"]:
+        assert s["edited_rate"] == 1 and s["random_rate"] <= s["native_rate"] + 0.5 and s["first_step_lift_nats"] > 2
+    assert edits[1]["sign_test"]["sign_agreement"] > 0.9 and figure.read_bytes().startswith(b"\x89PNG")
+    assert "unedited" in capsys.readouterr().out
+
+
+def test_the_smallest_edit_and_one_shown(tmp_path, capsys):
+    out = tmp_path / "s.json"
+    assert run.main(["steer", "--smallest", "--quick", "--model", "mamba2", "--passages", "2", "--key", "read",
+                     "--json", str(out)]) == 0
+    budget, few = json.loads(out.read_text())
+    assert budget["shared"] and budget["chosen_rate"] == 1 and 0.25 <= budget["magnitude"] <= 16
+    assert few["magnitude"] == 3 and few["chosen_rate"] == 1 and 1 <= few["writes"] < few["n_edits"]
+    capsys.readouterr()
+    assert run.main(["steer", "--model", "rwkv7", "--prompt", "def read(self, size):", "--target", " not",
+                     "--json", str(out)]) == 0
+    shown, = json.loads(out.read_text())
+    lines = capsys.readouterr().out.splitlines()
+    assert shown["positions"] == [len(shown["prompt"]) - 3 + i for i in range(3)] and " not" in shown["after"]
+    assert len(lines) == 4 + 1 + 20 + 1 and shown["rank_after"][0] < shown["rank_before"][0]
+
+
+def test_erase_quick_end_to_end(tmp_path, capsys):
+    out = tmp_path / "e.json"
+    assert run.main(["erase", "--quick", "--model", "mamba2", "--json", str(out)]) == 0
+    r, = json.loads(out.read_text())
+    assert len(r["atoms"]) == 5 and r["all"]["n_firings"] == sum(a["n_firings"] for a in r["atoms"])
+    assert r["all"]["firing_mean"] < 0 and abs(r["all"]["own_share_median"]) < abs(r["all"]["firing_median"])
+    assert "p paired" in capsys.readouterr().out
 
 
 def test_pretrain_makes_a_checkpoint_that_loads(tmp_path, monkeypatch, capsys):
@@ -794,7 +1067,7 @@ def test_training_and_held_out_text_share_no_file():
 def test_the_readme_names_what_exists():
     text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
     for command in re.findall(r"^(?:\$ )?python run\.py (.*?)(?:\s+#.*)?$", text, re.M):
-        run.parse(command.split())
+        run.parse(shlex.split(command))
     for module, name in re.findall(r"`(models|writesae|run)\.(\w+)", text):
         if name != "py":
             assert hasattr({"models": models, "writesae": writesae, "run": run}[module], name), f"{module}.{name}"

@@ -11,7 +11,7 @@ atom of this SAE has the same shape, A_i = key_dir_i value_dir_iᵀ, so it can t
     figures = summary(records, cosine_min=0.71, generator=rng)
 
 Order of this file: matrices as factors - the SAE - its training - the replacement test - its figures - the logit-change
-formula.
+formula - steering - erasing.
 
 Reference: WriteSAE, arXiv 2605.12770 ("the paper"). States and writes are key first, [K, V], as in models.py.
 """
@@ -668,7 +668,7 @@ def logit_ladder(model: LanguageModel, p: Point, layer: int, head: int, change: 
     zero, one = change.values.new_zeros(1), change.values.new_ones(1)
     measured = logits(one) - logits(zero)
 
-    read = lambda s: sum(propagate(e.key, s)[0].unsqueeze(-1) * e.value.unsqueeze(1)
+    read = lambda s: sum(propagate(e.key.unsqueeze(1), s)[0] * e.value.unsqueeze(1)
                          for e in edits(1.0))                                                            # δo [P, 11, V]
     W_O = block.mixer.out_weight[:, head]                                                                # [D, V]
     W_U = (model.embedding if model.head is None else model.head).weight[targets]                        # [P, n, D]
@@ -774,3 +774,411 @@ def ladder_summary(swap: Ladder, delete: Ladder, sizes: dict[float, Ladder], tra
             by_horizon=[r2(swap, i, horizon=h) for h in range(HORIZONS)],
             by_rank={str(rank): r2(swap, i, rank=j) for j, rank in enumerate(RANKS)}))
     return rungs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Steering: edits of the cache that make a token appear
+# ---------------------------------------------------------------------------------------------------------------------
+EDITED = 3                                       # positions edited: the prompt's last three
+NEW = 20                                         # tokens decoded after them
+KEY_SIDES = ("write", "read")
+VALUE_SIDES = ("formula", "gradient", "ascent")
+#: (prompt, target) pairs by the target's rank for the first new token, and by whether it stands in the prompt:
+#: name -> lowest rank, highest rank (None: the last), in the prompt
+STRATA = {"100-1000": (100, 1000, True), "rarer": (1001, None, True), "frequent": (2, 99, True),
+          "absent": (100, 1000, False)}
+
+
+class Prompts(NamedTuple):
+    """N prompts as the unedited model reads them. Edits go to their last n positions."""
+    last: Tensor                     # [N, n] the tokens there
+    cache: Cache                     # before those tokens
+    after: Cache                     # after them
+    logits: Tensor                   # [N, vocab] of the first new token
+    steps: dict[int, StepInputs]     # of each recurrent layer, over the n positions, all heads
+
+    def rows(self, index: Tensor) -> Prompts:
+        """These prompts, in this order, repeats allowed. index [m]."""
+        return Prompts(self.last[index], self.cache.rows(index), self.after.rows(index), self.logits[index],
+                       {layer: StepInputs(*(None if x is None else x[index] for x in s))
+                        for layer, s in self.steps.items()})
+
+
+@torch.no_grad()
+def read_prompts(model: LanguageModel, tokens: Tensor, n: int = EDITED) -> Prompts:
+    """Read prompts [N, T] natively, and remember what an edit of their last n positions needs."""
+    N, T = tokens.shape
+    if T < n:
+        raise InputError(f"the prompt has {T} tokens, its last {n} are edited: give a longer one")
+    last, cache = tokens[:, T - n:], model(tokens[:, :T - n])[1] if T > n else model.empty_cache(N)
+    logits, after = model(last, cache)
+    stream, steps = model.embed(last), {}
+    for i, block in enumerate(model.layers):
+        if block.recurrent:
+            steps[i] = model.step_inputs(stream, i, cache)
+        stream, _ = model.run(stream, cache, first=i, last=i + 1)
+    return Prompts(last, cache, after, wide(logits[:, -1]), steps)
+
+
+class Site(NamedTuple):
+    """Where one layer is edited: n positions of E of its heads, in N prompts. An edit is key valueᵀ.
+
+    Keys are as long as the write that stands there is large (Frobenius, ‖k‖‖v‖), so that the length of a value is the
+    edit's *magnitude*: how many times as large as that write it is.
+    """
+    layer: int
+    heads: list[int]
+    key: Tensor      # [N, n, E, K]
+    gain: Tensor     # [N, n, E] how far a value of length 1 moves the read of the prompt's last token
+
+    def rows(self, index: Tensor) -> Site:
+        """The site in these prompts, in this order, repeats allowed. index [m]."""
+        return self._replace(key=self.key[index], gain=self.gain[index])
+
+
+@torch.no_grad()
+def edit_sites(model: LanguageModel, prompts: Prompts, cells: list[tuple[int, int]], key: str = "write") -> list[Site]:
+    """The sites of the (layer, head) cells, one per layer. key: in which direction their edits are filed.
+
+    "write": under the key that the position itself writes with.
+    "read": under the key that the coming reads weigh most. An edit κ yᵀ at t moves the read at s ≥ t by (u_s · q_s) y,
+        u_s = A_s ... A_{t+1} κ (models.propagate), so its gain is κ · b_s with b_s = A_{t+1}ᵀ ... A_sᵀ q_s, linear in κ.
+        Over the reads until the prompt ends, which make the next token, the squared gains sum to κᵀ (Σ b_s b_sᵀ) κ:
+        for a unit key largest at the leading eigenvector. (At the last position that is the query itself.) The b_s come
+        from propagating the K unit keys.
+    """
+    sites = []
+    for layer in sorted({layer for layer, _ in cells}):
+        heads = [h for i, h in cells if i == layer]
+        for head in heads:
+            model.check_cell(layer, head)
+        s = prompts.steps[layer].slice(slice(None), heads)
+        N, n, E, K = s.q.shape
+        size, keys, gains = (s.k.norm(dim=-1) * s.v.norm(dim=-1)).unsqueeze(-1), [], []
+        for t in range(n):
+            later = s.slice(slice(t, None))
+            direction = F.normalize(s.k[:, t], dim=-1)
+            if key == "read":
+                b = torch.stack([propagate(unit.expand(N, E, K), later)[0] for unit in torch.eye(K).to(s.k)], -1)
+                direction = torch.linalg.eigh(torch.einsum("ntek,ntel->nekl", b, b))[1][..., -1]
+                direction = direction * torch.where((direction * b.sum(1)).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+            keys.append(size[:, t] * direction)
+            gains.append(propagate(keys[t], later)[0][:, -1])
+        sites.append(Site(layer, heads, torch.stack(keys, 1), torch.stack(gains, 1)))
+    return sites
+
+
+def edits_at(sites: list[Site], values: list[Tensor], start: int) -> list[Edit]:
+    """The edits key valueᵀ of all sites, the first position at `start`. values: [N, n, E, V] per site."""
+    return [Edit(site.layer, head, start + t, key, value) for site, y in zip(sites, values)
+            for t, (keys, ys) in enumerate(zip(site.key.unbind(1), y.unbind(1)))
+            for head, key, value in zip(site.heads, keys.unbind(1), ys.unbind(1))]
+
+
+def sized(values: list[Tensor], magnitude: float, shared: bool = False) -> list[Tensor]:
+    """The same values with each of length `magnitude`; or, if it is shared, with all lengths of a prompt's edits
+    in proportion and their squares summing to magnitude². values: [N, n, E, V] per site."""
+    if not shared:
+        return [magnitude * F.normalize(y, dim=-1) for y in values]
+    total = torch.stack([y.square().sum((1, 2, 3)) for y in values]).sum(0).sqrt().clamp_min(1e-30)
+    return [y * (magnitude / total)[:, None, None, None] for y in values]
+
+
+def gradient(model: LanguageModel, prompts: Prompts, sites: list[Site], targets: Tensor,
+             values: list[Tensor] | None = None, score=lambda logits: logits) -> list[Tensor]:
+    """∂ score(logits)[target] / ∂ value of every edit, at the prompt's end: exact, from one backward pass.
+    targets [N]; values: where it is taken, default zero (no edit yet). [N, n, E, V] per site."""
+    zeros = lambda site: site.key.new_zeros(*site.gain.shape, model.layers[site.layer].mixer.V)
+    with torch.enable_grad():
+        values = [y.detach().requires_grad_() for y in values or map(zeros, sites)]
+        logits, _ = model(prompts.last, prompts.cache, edits_at(sites, values, prompts.cache.length))
+        chosen = score(wide(logits[:, -1])).gather(-1, targets[:, None])
+        return list(torch.autograd.grad(chosen.sum(), values))
+
+
+def slopes(model: LanguageModel, prompts: Prompts, sites: list[Site], targets: Tensor, kind: str) -> list[Tensor]:
+    """How the target's logit at the prompt's end rises with each edit's value, to first order: [N, n, E, V] per site.
+
+    "formula": gain · W_Oᵀ W_U[target], rung 3 of `logit_ladder` (the paper's three factors, the transition exact): what
+        the head's slice W_O of the output map and the output embedding W_U see of the read.
+    "gradient": rung 5, all that comes after the read included.
+    """
+    if kind == "gradient":
+        return gradient(model, prompts, sites, targets)
+    W_U = wide((model.embedding if model.head is None else model.head).weight[targets])                 # [N, D]
+    W_O = lambda site: wide(model.layers[site.layer].mixer.out_weight[:, site.heads])                   # [D, E, V]
+    return [site.gain.unsqueeze(-1) * torch.einsum("nd,dev->nev", W_U, W_O(site)).unsqueeze(1) for site in sites]
+
+
+def ascent(model: LanguageModel, prompts: Prompts, sites: list[Site], targets: Tensor, directions: list[Tensor],
+           magnitude: float, shared: bool = False, steps: int = 20) -> list[Tensor]:
+    """Values of the same size (`sized`) that raise log p(target) further: from `directions`, each step turns them
+    towards the unit gradient, by less and less, and brings them back to size."""
+    values = sized(directions, magnitude, shared)
+    for i in range(steps):
+        up = gradient(model, prompts, sites, targets, values, score=lambda logits: logits.log_softmax(-1))
+        turned = [y + (1 - i / steps) * g for y, g in zip(sized(values, 1, shared), sized(up, 1, shared))]
+        values = sized(turned, magnitude, shared)
+    return values
+
+
+def steering_values(model: LanguageModel, prompts: Prompts, sites: list[Site], targets: Tensor, kind: str,
+                    magnitude: float, shared: bool = False, generator: torch.Generator | None = None) -> list[Tensor]:
+    """The values of the edits of these sites, of this size (`sized`): along the slopes of the "formula" or the
+    "gradient", by "ascent", or in a "random" direction, the control."""
+    if kind == "random":
+        V = lambda site: model.layers[site.layer].mixer.V
+        return sized([torch.randn(*site.gain.shape, V(site), generator=generator).to(site.gain) for site in sites],
+                     magnitude, shared)
+    slope = slopes(model, prompts, sites, targets, "formula" if kind == "formula" else "gradient")
+    return (ascent(model, prompts, sites, targets, slope, magnitude, shared) if kind == "ascent" else
+            sized(slope, magnitude, shared))
+
+
+def best_writes(sites: list[Site], slope: list[Tensor], n: int) -> list[Site]:
+    """The same sites, but only the n edits of each prompt with the largest slopes keep their key;
+    those of the others become zero."""
+    lift = torch.cat([g.norm(dim=-1).flatten(1) for g in slope], 1)                             # [N, all edits]
+    chosen = torch.zeros_like(lift).scatter(1, lift.topk(min(n, lift.shape[1])).indices, 1.0)
+    parts = chosen.split([site.gain[0].numel() for site in sites], 1)
+    return [site._replace(key=site.key * part.view_as(site.gain).unsqueeze(-1)) for site, part in zip(sites, parts)]
+
+
+class Continuation(NamedTuple):
+    """What the model says after a prompt, one row per (prompt, target)."""
+    tokens: Tensor      # [N, 20] decoded greedily
+    count: Tensor       # [N] how often the target is among them
+    rank: Tensor        # [N, 20] the target's rank for each of them, 1 = most probable
+    log_p: Tensor       # [N, 20] its log-probability there, in nats
+    kl: Tensor          # [N] KL(unedited ‖ edited) per token of an unrelated text that is read instead
+    nll: Tensor         # [N] −log p of the decoded tokens under the unedited model, nats per token
+    size: Tensor        # [N] √Σ‖edit‖² / √Σ‖S‖²: all edits against all states of the unedited cache (Frobenius)
+
+
+class Pairs(NamedTuple):
+    """What is asked for, one row per pair."""
+    prompt: Tensor      # [N] which prompt
+    target: Tensor      # [N] the token that is to appear after it
+    stratum: Tensor     # [N] index into STRATA
+
+
+def draw_targets(logits: Tensor, tokens: Tensor, each: int, generator: torch.Generator) -> Pairs:
+    """Up to `each` targets per prompt and stratum, drawn evenly and without repeats.
+
+    logits [P, vocab] of the first new token, tokens [P, T] the prompts.
+    """
+    rank = logits.argsort(-1, descending=True).argsort(-1) + 1
+    inside = torch.zeros_like(rank, dtype=torch.bool).scatter(1, tokens, True)
+    pairs = []
+    for j, (low, high, in_prompt) in enumerate(STRATA.values()):
+        allowed = (rank >= low) & (rank <= (high or rank.shape[1])) & (inside == in_prompt)
+        for i, row in enumerate(allowed.cpu()):
+            candidates = row.nonzero().squeeze(-1)
+            pick = candidates[torch.randperm(len(candidates), generator=generator)[:each]]
+            pairs += [(i, target, j) for target in pick.tolist()]
+    return Pairs(*torch.tensor(pairs, device=logits.device).T)
+
+
+@torch.no_grad()
+def steer(model: LanguageModel, prompts: Prompts, pairs: Pairs, unrelated: Tensor, cells=(), key: str = "write",
+          value: str | None = None, magnitude: float = 0.0, shared: bool = False, writes: int | None = None,
+          generator: torch.Generator | None = None) -> Continuation:
+    """Add edits to the cache while the prompts' last tokens are read, then decode.
+
+    cells: the (layer, head) pairs that are edited, at each of the prompts' last n positions. key: see `edit_sites`.
+    value: see `steering_values`; None leaves the cache as it is. magnitude, shared: see `sized`. writes: only so many of
+    the edits, the best to first order. unrelated [P, U]: another text for each prompt, which is read in place of a
+    continuation to see what else the edit changes.
+    Raises InputError for a cell that is none, an unknown side, a magnitude that is negative or not finite.
+    """
+    if key not in KEY_SIDES or value not in (None, "random", *VALUE_SIDES):
+        raise InputError(f"key side {key!r}, value side {value!r}: allowed are {', '.join(KEY_SIDES)}, and "
+                         f"{', '.join(VALUE_SIDES)}, random")
+    if not 0 <= magnitude < math.inf:
+        raise InputError(f"magnitude {magnitude}: allowed are finite numbers from 0")
+    all_sites, parts = edit_sites(model, prompts, cells, key), []
+    batch = max(1, 30_000_000 // ((NEW + unrelated.shape[1]) * model.vocab))               # some 120 MB of logits at once
+    for part in torch.arange(len(pairs.target), device=model.device).split(batch):
+        row, target = pairs.prompt[part], pairs.target[part]
+        native, sites = prompts.rows(row), [site.rows(row) for site in all_sites]
+        if writes:
+            sites = best_writes(sites, slopes(model, native, sites, target, "gradient"), writes)
+        values = (steering_values(model, native, sites, target, value, magnitude, shared, generator) if value else
+                  [])
+
+        logits, after = model(native.last, native.cache, edits_at(sites, values, native.cache.length))
+        tokens, logits = model.generate(logits[:, -1], after, NEW)
+        log_p = wide(logits).log_softmax(-1)                                                            # [n, 20, vocab]
+        log_p_target = log_p.gather(-1, target[:, None, None].expand(-1, NEW, -1))
+        elsewhere = [wide(model(unrelated[row], cache)[0]).log_softmax(-1) for cache in (native.after, after)]
+        judge = torch.cat([native.logits[:, None], wide(model(tokens[:, :-1], native.after)[0])], 1)
+        edited = sum((site.key.square().sum(-1) * y.square().sum(-1)).sum((1, 2)) for site, y in zip(sites, values))
+        states = sum(native.after.layers[i]["state"].square().sum((1, 2, 3)) for i in native.steps)
+        parts.append(Continuation(
+            tokens, count=(tokens == target[:, None]).sum(-1), rank=(log_p > log_p_target).sum(-1) + 1,
+            log_p=log_p_target[..., 0], kl=kl_divergence(*elsewhere).mean(-1),
+            nll=F.cross_entropy(judge.transpose(1, 2), tokens, reduction="none").mean(-1),
+            size=(edited / states).sqrt()))
+    return Continuation(*(torch.cat(column).cpu() for column in zip(*parts)))
+
+
+def rate_ci95(wins: Tensor, cluster: Tensor, generator: torch.Generator) -> tuple[float, float]:
+    """The 95 % interval of a rate: whole clusters drawn again, and no narrower than Wilson's, which has a width at 0 and
+    100 % too. wins, cluster [N]."""
+    low, high = zip(cluster_bootstrap(wins, cluster, generator), wilson(int(wins.sum()), len(wins)))
+    return min(low), max(high)
+
+
+def steering_summary(edited: Continuation, native: Continuation, random: Continuation, prompt: Tensor,
+                     generator: torch.Generator) -> dict:
+    """Figures of one kind of edit over N pairs. prompt [N]: the 95 % intervals draw whole prompts again.
+
+    *_rate: share of continuations that hold the target: edited, native (unedited), random (values of a random direction,
+    the same keys and norms). rank_improved: share of ranks that fell. median_rank_shift: rank before minus after.
+    first_step_lift_nats: mean rise of log p(target) for the first new token. occurrences: mean count of the target in
+    20 tokens. kl_unrelated: mean KL per token of unrelated later text. perplexity: exp of the mean nll of the
+    continuation under the unedited model.
+    """
+    figures = dict(n_pairs=len(prompt), n_prompts=len(prompt.unique()))
+    for name, c in dict(native=native, edited=edited, random=random).items():
+        holds = c.count > 0
+        figures[f"{name}_rate"] = holds.double().mean().item()
+        figures[f"{name}_ci95"] = rate_ci95(holds, prompt, generator)
+        figures[f"{name}_perplexity"] = c.nll.mean().exp().item()
+        if name != "native":
+            figures[f"{name}_kl_unrelated"] = c.kl.mean().item()
+    shift = (native.rank - edited.rank)[:, 0].double()
+    return figures | dict(
+        rank_improved=(shift > 0).double().mean().item(), median_rank_shift=shift.median().item(),
+        median_rank=edited.rank[:, 0].median().item(),
+        first_step_lift_nats=(edited.log_p - native.log_p)[:, 0].mean().item(),
+        random_lift_nats=(random.log_p - native.log_p)[:, 0].mean().item(), occurrences=edited.count.double().mean().item())
+
+
+@torch.no_grad()
+def sign_test(model: LanguageModel, prompts: Prompts, sites: list[Site], targets: Tensor, kind: str):
+    """Predicted and measured change of the target's logit when edits of the natural size (magnitude 1) along the
+    slopes are added, and when they are subtracted: both [2N], in nats."""
+    slope = slopes(model, prompts, sites, targets, kind)
+    values = sized(slope, 1.0)
+    predicted = sum((g * y).sum((1, 2, 3)) for g, y in zip(slope, values))
+    logit = lambda edits: wide(model(prompts.last, prompts.cache, edits)[0][:, -1]).gather(-1, targets[:, None])[:, 0]
+    measured = [logit(edits_at(sites, [sign * y for y in values], prompts.cache.length)) - logit(()) for sign in (1, -1)]
+    return torch.cat([predicted, -predicted]), torch.cat(measured)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Erasing: the same edit with the other sign, an atom's write taken out
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def taken_out(model: LanguageModel, tokens: Tensor, layer: int, head: int, passage: Tensor, position: Tensor,
+              X: Factored, progress=iter):
+    """Take the matrix X_i out of the head's state right after the write at passage_i, position_i, for N events.
+
+    tokens [P, T]; passage, position [N]; X with r = 1. Yields (events, change) position by position: indices [n], and
+    log p(edited) − log p(native) for every token, the mean over the write's step and the ten after it, [n, vocab].
+    """
+    batch = max(1, 60_000_000 // (tokens.shape[1] * model.vocab))
+    for start in range(0, len(tokens), batch):
+        inside = (passage >= start) & (passage < start + batch)
+        if not inside.any():
+            continue
+        for p in points(model, tokens[start:start + batch], layer, head, position[inside].unique().tolist(), progress):
+            events = (inside & (position == p.t)).nonzero().squeeze(-1)
+            row, out = passage[events] - start, X.rows(events)
+            edit = Edit(layer, head, p.t, -out.keys[:, 0], out.values[:, 0])
+            after, _ = model.run(p.stream.slice(slice(None), row), p.cache.rows(row), [edit], first=layer)
+            change = wide(model.unembed(after)).log_softmax(-1) - p.logits[row].log_softmax(-1)
+            yield events, change.mean(1)
+
+
+class Erased(NamedTuple):
+    """One row per firing in the test passages. Changes of the promoted token's log-probability, mean over eleven steps,
+    in nats, when a A is taken out where the atom fires, when the same matrix is taken out where it does not, and when
+    there only the atom's own share of the other write is."""
+    atom: Tensor          # [N]
+    passage: Tensor       # [N]
+    firing: Tensor        # [N]
+    elsewhere: Tensor     # [N] the same a A at a random position where another atom is dominant
+    own_share: Tensor     # [N] the same atom there, with its own coefficient, 0 if negative
+
+
+@torch.no_grad()
+def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions: range,
+            generator: torch.Generator, cosine_min: float = 0.71, n_atoms: int = 20, most: int = 75,
+            progress=iter) -> tuple[Tensor, Tensor, Erased]:
+    """Does an atom promote a token? Take it out and see.
+
+    On even passages: the n_atoms that fire most, and for each the token whose log-probability falls most, on the mean
+    over up to `most` of its firings, when a A is taken out of the state. On odd passages: how that token's
+    log-probability changes there, and at as many positions where the atom does not fire.
+
+    tokens [P, T]; positions: where writes are looked at. Returns atoms [n_atoms], their tokens [n_atoms], and the
+    changes. Raises InputError where no atom fires in both halves.
+    """
+    stream, _ = model.run(model.embed(tokens), last=layer)
+    s = model.step_inputs(stream, layer).slice(slice(None), slice(head, head + 1))
+    k, v = (x[:, :, 0] for x in native_write(s, sae.cfg.get("write", "value")))                           # [P, T, ·]
+    a, atom = (x.view(k.shape[:2]) for x in best_atom(sae, write_of(k.flatten(0, 1), v.flatten(0, 1))))
+    tested = torch.zeros_like(a, dtype=torch.bool)
+    tested[:, positions] = True
+    fires = tested & (a > 0) & (cosine(write_of(sae.key_dir[atom], sae.value_dir[atom]), write_of(k, v)) >= cosine_min)
+    even = (torch.arange(len(tokens), device=a.device) % 2 == 0)[:, None]
+    counts = torch.bincount(atom[fires & even], minlength=sae.n_atoms)
+    counts[torch.bincount(atom[fires & ~even], minlength=sae.n_atoms) == 0] = 0
+    n_atoms = min(n_atoms, int((counts > 0).sum()))
+    if n_atoms == 0:
+        raise InputError("no atom fires in both halves of the passages: take more --passages or a lower --cosine-min")
+    atoms = counts.topk(n_atoms).indices
+
+    def draw(mask: Tensor, n: int) -> Tensor:                                     # up to n places (passage, position)
+        places = mask.nonzero()
+        return places[torch.randperm(len(places), generator=generator)[:n].to(places.device)]
+
+    def out(which: Tensor, size: Tensor) -> Factored:
+        return write_of(size[:, None] * sae.key_dir[which], sae.value_dir[which])
+
+    firings = lambda half: torch.cat([F.pad(draw(fires & half & (atom == i), most), (0, 1), value=int(j))
+                                      for j, i in enumerate(atoms)])              # rows: passage, position, index of atom
+    passage, position, which = firings(even).T
+    change = torch.zeros(n_atoms, model.vocab, device=a.device)
+    for events, moved in taken_out(model, tokens, layer, head, passage, position,
+                                   out(atoms[which], a[passage, position]), progress):
+        change.index_add_(0, which[events], moved.to(change))
+    promoted = (change / torch.bincount(which, minlength=n_atoms)[:, None]).argmin(-1)
+
+    passage, position, which = firings(~even).T
+    other = torch.cat([draw(tested & ~even & (atom != i), int((which == j).sum())) for j, i in enumerate(atoms)])
+    size = a[passage, position]
+    share = sae.measured(write_of(k[tuple(other.T)], v[tuple(other.T)]))
+    share = inner(out(atoms[which], torch.ones_like(size)), share).relu()
+    columns = []
+    for place, amount in (((passage, position), size), (other.T, size), (other.T, share)):
+        column = torch.zeros(len(which), device=a.device)
+        for events, moved in taken_out(model, tokens, layer, head, *place, out(atoms[which], amount), progress):
+            column[events] = moved.gather(-1, promoted[which[events], None])[:, 0].to(column)
+        columns.append(column.cpu())
+    return atoms.cpu(), promoted.cpu(), Erased(which.cpu(), passage.cpu(), *columns)
+
+
+def sign_flip(difference: Tensor, cluster: Tensor, generator: torch.Generator, draws: int = 10_000) -> float:
+    """Two-sided p of paired differences [N] under the null that signs are arbitrary: the share of draws, each turning
+    the signs of whole clusters [N] (passages) at random, whose |mean| is at least the observed one."""
+    _, group = cluster.unique(return_inverse=True)
+    total = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add_(0, group, difference.double())
+    signs = torch.randint(2, (draws, len(total)), generator=generator).double() * 2 - 1
+    return (1 + ((signs @ total).abs() >= total.sum().abs() * (1 - 1e-12)).sum().item()) / (draws + 1)
+
+
+def erasure_summary(erased: Erased, generator: torch.Generator) -> dict:
+    """Figures of N firings, in nats (negative: the token loses). p: `sign_flip` over passages, of the firings against
+    the same matrix taken out elsewhere, and of the firings alone."""
+    figures = dict(n_firings=len(erased.firing), n_passages=len(erased.passage.unique()))
+    for name in ("firing", "elsewhere", "own_share"):
+        x = getattr(erased, name).double()
+        figures |= {f"{name}_median": x.median().item(), f"{name}_mean": x.mean().item(),
+                    f"{name}_falls": (x < 0).double().mean().item()}
+    return figures | dict(
+        mean_ci95=cluster_bootstrap(erased.firing, erased.passage, generator),
+        p_paired=sign_flip(erased.firing - erased.elsewhere, erased.passage, generator),
+        p_firing=sign_flip(erased.firing, erased.passage, generator))
