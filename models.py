@@ -233,7 +233,7 @@ def apply_edits(o: Tensor, state: Tensor, s: StepInputs, start: int, edits: list
         value = torch.stack([e.value.expand(B, -1) for e in here], 1)                     # [B, E, V]
         gain, u = propagate(key, s.slice(slice(t, None), heads))
         moved = F.pad(gain.unsqueeze(-1) * value.unsqueeze(1), (0, 0, 0, 0, t, 0))        # nothing before the edit
-        delta_o = delta_o.index_add(2, heads, moved)    # the sum comes first: an edit and its opposite cancel to the bit
+        delta_o = delta_o.index_add(2, heads, moved)   # the sum comes first: an edit and its opposite cancel to the bit
         delta_state = delta_state.index_add(1, heads, u.unsqueeze(-1) * value.unsqueeze(-2))
     return o + delta_o, state + delta_state
 

@@ -515,7 +515,8 @@ def plot_replace(results: list[dict], path: str):
         axes[2].plot([c["coverage"] for c in r["by_coverage"]], [c["win_rate"] for c in r["by_coverage"]],
                      marker="o", label=label)
         axes[2].axhline(r["projected_win_rate"], color=line.get_color(), linestyle="--", linewidth=1)
-    axes[0].set(ylim=(0.45, 1.01), xlabel="tokens after the write", ylabel="win rate over deletion", title="at firings (dotted: kl@0..10)")
+    axes[0].set(ylim=(0.45, 1.01), xlabel="tokens after the write", ylabel="win rate over deletion",
+                title="at firings (dotted: kl@0..10)")
     axes[1].set(xlabel="tokens after the write", ylabel="recovered fraction", title="at firings (dotted: kl@0..10)",
                 ylim=(0, 1.02))
     axes[2].set(xlabel="coverage: share of positions kept", ylabel="win rate, kl@0..10",
@@ -592,7 +593,8 @@ def print_formula(results: list[dict]):
               f"  after the swap the state differs by {100 * sum(later) / len(later):.1f} % of its norm over the next "
               f"ten tokens (first {100 * first:.1f} %, tenth {100 * last:.1f} %; the authors' reply: below 5 %);\n"
               f"  the layer's output has a cosine of {min(r['output_cosine']):.4f} or more with the native one at "
-              f"every step;\n  per atom: over the {r['rungs'][0]['r2_per_atom']['n_atoms']} atoms that fire, each over its firings, tokens and steps;  "
+              f"every step;\n  per atom: over the {r['rungs'][0]['r2_per_atom']['n_atoms']} atoms that fire, each over "
+              "its firings, tokens and steps;  "
               f"{r['seconds']} s\n")
     print("""swap: the atom in the write's place. delete: the write taken out. ε: an atom of that norm added. train.: swap on training text.
 Nothing is fitted but rung 2. What each step up is worth: 1 to 3 the erase term; 3 to 4 the head's norm and gate and the final
@@ -659,7 +661,8 @@ def steer(args) -> int:
         results.append(dict(model=name, layer=layer, head=head, edits=edits, seconds=round(time.time() - began, 1)))
     (print_smallest if args.smallest else print_ladder)(results)
     if args.json:
-        flat = [dict(model=r["model"], layer=r["layer"], head=r["head"], **edit) for r in results for edit in r["edits"]]
+        flat = [dict(model=r["model"], layer=r["layer"], head=r["head"], **edit)
+                for r in results for edit in r["edits"]]
         write_text(args.json, json.dumps(no_nan(flat), indent=1))
     if args.plot:
         plot_steer(results, args.plot)
@@ -788,18 +791,18 @@ def print_ladder(results: list[dict]):
     for r in results:
         edits, magnitudes = r["edits"], sorted({e["magnitude"] for e in r["edits"]})
         middle = magnitudes[len(magnitudes) // 2]
-        row = print_rows(-7, -6, -10, 21, *[7] * (len(magnitudes) - 1), 8, 10, 8, 8, 7, 7, 8, 9, 8)
+        row = print_rows(-6, -6, -9, 19, *[6] * (len(magnitudes) - 1), 7, 9, 7, 7, 7, 7, 6, 7, 8, 7)
         columns = [middle] + [m for m in magnitudes if m != middle]
         native = {s["name"]: s for s in edits[0]["strata"]}
         pairs = ", ".join(f"{s['n_pairs']} {s['name']} ({s['n_prompts']} prompts)" for s in native.values())
         print(f"{r['model']}, head = L{r['layer']}H{r['head']}: share of continuations that hold the target, in %. "
               f"Pairs: {pairs}.")
         row("", "", "", *(f"{m:g}x" + " [95 % CI]" * (m == middle) for m in columns),
-            *list(writesae.STRATA)[1:], "lift", "rank+%", "times", "KL", "ppl", "cache%")
+            *list(writesae.STRATA)[1:], "lift", "rank+%", "shift", "times", "KL", "ppl", "cache%")
         first = native["100-1000"]
         row("unedited", "", "", f"{percent(first['native_rate'])} {interval(first['native_ci95'])}",
             *[percent(first["native_rate"])] * (len(columns) - 1),
-            *(percent(native[s]["native_rate"]) for s in list(writesae.STRATA)[1:]), "", "", "", "",
+            *(percent(native[s]["native_rate"]) for s in list(writesae.STRATA)[1:]), "", "", "", "", "",
             f"{first['native_perplexity']:.2f}", "")
         for reach, key in dict.fromkeys((e["reach"], e["key"]) for e in edits):
             at = {(e["value"], e["magnitude"]): e for e in edits if (e["reach"], e["key"]) == (reach, key)}
@@ -812,7 +815,8 @@ def print_ladder(results: list[dict]):
                     *(percent(get(m)["strata"][0][f"{kind}_rate"]) for m in columns[1:]),
                     *(percent(s[name][f"{kind}_rate"]) for name in list(s)[1:]),
                     f"{main['first_step_lift_nats' if edited else 'random_lift_nats']:+.2f}",
-                    percent(main["rank_improved"]) if edited else "", f"{main['occurrences']:.1f}" if edited else "",
+                    *((percent(main["rank_improved"]), f"{main['median_rank_shift']:.0f}", f"{main['occurrences']:.1f}")
+                      if edited else ("", "", "")),
                     f"{main[f'{kind}_kl_unrelated']:.3f}", f"{main[f'{kind}_perplexity']:.2f}",
                     percent(get(middle)["size"]) if edited else "")
         print(f"  the paper (formula, one head): {PAPER_STEER.get(r['model'], 'this model was not tested')}")
@@ -827,8 +831,9 @@ def print_ladder(results: list[dict]):
 Nx: each edit is N times as large as the write beside it (Frobenius). Columns Nx: targets of rank 100-1000 that stand in the
 prompt. All the others are at the first column's N. rarer: rank above 1000, frequent: rank 2-99, both in the prompt; absent: rank
 100-1000, not in the prompt. From "lift" on: the targets of the first column. lift: mean rise of log p(target) for the first new
-token, nats. rank+: share of ranks improved. times: mean count of the target in 20 tokens. KL: per token of unrelated later
-text. ppl: perplexity of the continuation under the unedited model. cache: all edits against all states (Frobenius).""")
+token, nats. rank+: share of ranks improved, shift: median rank before minus after. times: mean count of the target in 20 tokens.
+KL: per token of unrelated later text. ppl: perplexity of the continuation under the unedited model. cache: all edits against
+all states (Frobenius).""")
 
 
 def print_smallest(results: list[dict]):
@@ -836,8 +841,8 @@ def print_smallest(results: list[dict]):
     row = print_rows(-26, -7, 16, 8, 22, 9, 10, 8, 8, 8, 8, 8)
     for r in results:
         one = r["edits"][0]
-        print(f"{r['model']}: the least edit (ascent) after which >= 99 % of {one['chosen_on']} targets of rank 100-1000 "
-              f"on even prompts appear; figures from {one['n_pairs']} pairs on {one['n_prompts']} odd prompts.")
+        print(f"{r['model']}: the least edit (ascent) after which >= 99 % of {one['chosen_on']} targets of rank "
+              f"100-1000 on even prompts appear; figures from {one['n_pairs']} pairs on {one['n_prompts']} odd prompts.")
         row("where", "key", "least", "cache%", "appear% [95 % CI]", "absent%", "unedited%", "random%", "lift", "times",
             "KL", "ppl")
         for e in r["edits"]:
@@ -881,8 +886,10 @@ def steer_one(args) -> int:
         text = [args.prompt + tokenizer.decode(c.tokens[0].tolist()) for c in (before, after)]
         size = (f"together as large as {how['magnitude']:g} native writes" if how["shared"] else
                 f"each {how['magnitude']:g} times as large as the write beside it")
+        first = tokens.shape[1] - writesae.EDITED
         print(f"{name}: {len(how['cells']) * writesae.EDITED} edits ({how['value']}, {how['key']} key, reach "
-              f"{args.reach or 'all'}), {size}, at the last {writesae.EDITED} of {tokens.shape[1]} tokens: {last}\n"
+              f"{args.reach or 'all'}), {size}, at positions {first}-{first + writesae.EDITED - 1} of "
+              f"{tokens.shape[1]} tokens: {last}\n"
               f"  target {args.target!r}; all edits are {100 * after.size.item():.1f} % of the cache (Frobenius)\n"
               f"  before: {text[0]!r}\n  after:  {text[1]!r}")
         row = print_rows(6, 14, 12, 16, 14, 12, 16)
@@ -892,7 +899,6 @@ def steer_one(args) -> int:
                               f"{c.log_p[0, i].exp().item():.2e}")
             row(i + 1, *side(before), *side(after))
         print()
-        first = tokens.shape[1] - writesae.EDITED
         shown.append(dict(
             model=name, prompt=[tokenizer.decode([i]) for i in tokens[0].tolist()], target=args.target,
             positions=list(range(first, first + writesae.EDITED)), value=how["value"], key=how["key"],
@@ -905,40 +911,43 @@ def steer_one(args) -> int:
 
 
 def plot_steer(results: list[dict], path: str):
-    """A panel per model: what every edit gives, the share of targets that appear, against what it costs."""
+    """A panel per model: what an edit gives, the share of targets that appear, against what it costs; a line per kind
+    of edit, along its magnitudes."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(results), figsize=(4.6 * len(results), 3.8), constrained_layout=True,
+    figure, axes = plt.subplots(1, len(results), figsize=(4.2 * len(results) + 1.6, 3.8), constrained_layout=True,
                                 squeeze=False)
     marks = dict(formula="s", gradient="o", ascent="^")
     colours = dict(head="tab:grey", layer="tab:orange", all="tab:blue")
     for ax, r in zip(axes[0], results):
-        for e in r["edits"]:
-            for s in e["strata"]:
-                if s["name"] in ("100-1000", "absent"):
-                    colour = colours.get(e.get("reach"), "tab:green")
-                    ax.scatter(s["edited_kl_unrelated"], 100 * s["edited_rate"], marker=marks[e["value"]], s=28,
-                               edgecolors=colour, linewidths=1, alpha=0.8 if s["name"] == "100-1000" else 0.35,
-                               facecolors=colour if e["key"] == "read" else "none")
-        ax.set(xscale="log", xlabel="cost: KL per token of unrelated later text (nats)", ylabel="targets that appear, %",
-               title=r["model"], ylim=(-3, 103))
-    labels = ([(marks[v], "black", v) for v in marks] + [(".", c, reach) for reach, c in colours.items()])
+        for kind in dict.fromkeys((e["reach"], e["key"], e["value"]) for e in r["edits"]):
+            reach, key, value = kind
+            main = [e["strata"][0] for e in r["edits"] if (e["reach"], e["key"], e["value"]) == kind]
+            ax.plot([s["edited_kl_unrelated"] for s in main], [100 * s["edited_rate"] for s in main], linewidth=0.8,
+                    marker=marks[value], color=colours[reach], fillstyle="full" if key == "read" else "none",
+                    markersize=5)
+        ax.axhline(100 * r["edits"][0]["strata"][0]["native_rate"], color="black", linestyle=":", linewidth=1)
+        ax.set(xscale="log", xlabel="cost: KL per token of unrelated later text (nats)", title=r["model"],
+               ylabel="targets of rank 100-1000 that appear, %", ylim=(-3, 103))
+    labels = [(marks[value], "black", value) for value in marks] + [("_", colours[reach], reach) for reach in colours]
     for mark, colour, label in labels:
-        axes[0, -1].scatter([], [], marker=mark, color=colour, label=label)
-    axes[0, -1].legend(fontsize=7, loc="lower right", title="filled: read key; pale: absent", title_fontsize=7)
+        axes[0, -1].plot([], [], marker=mark, color=colour, linestyle="none", label=label)
+    figure.legend(loc="outside right center", fontsize=8, title="filled: read key\nempty: write key\ndotted: unedited",
+                  title_fontsize=8)
     save_then_rename(lambda temporary: figure.savefig(temporary, dpi=100, format="png"), path)
 
 
 def erase(args) -> int:
     """Erasing: an atom's write taken out at its own firings, and at as many other positions."""
     texts = [read_text(args.text)] if args.text else split(python_text())[1]
-    n = args.passages or (80 if args.quick else 600)
+    n = args.passages or (80 if args.quick else 1600)
     results = []
     for name in args.models:
         model = open_model(name, args.device)
         tokens = windows(model, texts, n, PASSAGE)
         tokenizer = models.load_tokenizer(model)
         for layer, head in cells(model, args.layer, args.head):
-            sae, began, generator = find_sae(model, layer, head, args), time.time(), torch.Generator().manual_seed(args.seed)
+            sae, began = find_sae(model, layer, head, args), time.time()
+            generator = torch.Generator().manual_seed(args.seed)
             if sae.cfg["source"] != "write":
                 raise InputError("erase takes an SAE on writes, this one codes states; leave --source out")
             cosine_min = args.cosine_min if args.cosine_min is not None else sae.cfg["cosine_min"]
@@ -962,13 +971,14 @@ def erase(args) -> int:
 
 def print_erase(results: list[dict]):
     """A table per cell: all firings together, then the atoms."""
-    row = print_rows(-10, -16, 9, 12, 12, 9, 12, 12, 10, 10)
+    row = print_rows(-8, -18, 9, 13, 11, 9, 12, 12, 11, 11)
+    shown = lambda text: repr(text) if len(repr(text)) <= 16 else repr(text)[:14] + "…'"
     for r in results:
         print(f"{r['model']} L{r['layer']}H{r['head']}: change of the promoted token's log-probability when the atom's "
               "write is taken out, nats, median of firings")
         row("atom", "token", "firings", "at firings", "mean", "falls%", "elsewhere", "own share", "p paired", "p alone")
         for e in [dict(r["all"], atom="all", text=""), *r["atoms"]]:
-            row(e["atom"], repr(e["text"]) if e["text"] else "", e["n_firings"], f"{e['firing_median']:+.5f}",
+            row(e["atom"], shown(e["text"]) if e["text"] else "", e["n_firings"], f"{e['firing_median']:+.5f}",
                 f"{e['firing_mean']:+.5f}", percent(e["firing_falls"]), f"{e['elsewhere_median']:+.5f}",
                 f"{e['own_share_median']:+.5f}", f"{e['p_paired']:.1e}", f"{e['p_firing']:.1e}")
         low, high = r["all"]["mean_ci95"]
@@ -1043,8 +1053,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--layer", help="a recurrent layer, from 0, or all (default: the second recurrent one)")
     p.add_argument("--head", default="0", help="a head, from 0, or all (default 0)")
     p.add_argument("--text", help="test on this text file instead of the held-out Python text")
-    p.add_argument("--passages", type=int, help="number of test passages or prompts (default: replace 176, formula 100, steer 35, "
-                   "steer --smallest 40, erase 600)")
+    p.add_argument("--passages", type=int, help="number of test passages or prompts (default: replace 176, formula "
+                   "100, steer 35, steer --smallest 40, erase 1600)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="the same code on a small sample, in seconds")
@@ -1081,8 +1091,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise InputError(f"--passages {args.passages}: at least 1")
     if args.magnitude is not None and not 0 <= args.magnitude < math.inf:
         raise InputError(f"--magnitude {args.magnitude}: allowed are finite numbers from 0")
+    if args.smallest and args.plot:
+        raise InputError("--plot draws the ladder of edits, leave --smallest out")
     if args.smallest and not (args.value is args.reach is args.magnitude is None):
-        raise InputError("--smallest searches reach and magnitude itself, by ascent; leave --value, --reach, --magnitude out")
+        raise InputError("--smallest searches reach and magnitude itself, by ascent; "
+                         "leave --value, --reach and --magnitude out")
     for path in filter(None, (args.json, args.records, args.plot)):
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise InputError(f"{path}: cannot be written, its folder does not exist; make it first")

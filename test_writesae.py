@@ -31,6 +31,7 @@ settings.register_profile("here", derandomize=True, deadline=None, max_examples=
                           suppress_health_check=list(HealthCheck))
 settings.load_profile("here")
 torch.set_num_threads(1)      # everything here is tiny: a second thread only waits
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")     # the rwkv package's
 ARCHITECTURES = ("gdn", "mamba2", "rwkv7")
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -707,7 +708,8 @@ def test_steering_is_a_full_forward_pass_with_edits(kind, key):
 def test_an_edit_of_zero_size_changes_nothing_and_none_leaks(kind):
     model, prompt, pairs, other, cells = steering_task(kind)
     prompts = writesae.read_prompts(model, prompt)
-    before = [{name: x.clone() for name, x in layer.items()} for c in (prompts.cache, prompts.after) for layer in c.layers]
+    before = [{name: x.clone() for name, x in layer.items()}
+              for c in (prompts.cache, prompts.after) for layer in c.layers]
     native = writesae.steer(model, prompts, pairs, other)
     for value in ("random", *writesae.VALUE_SIDES):
         nothing = writesae.steer(model, prompts, pairs, other, cells, "write", value, 0.0, generator=rng(0))
@@ -725,7 +727,8 @@ def test_the_gradients_lift_is_what_finite_differences_say(kind):
     model.double()
     prompts = writesae.read_prompts(model, prompt).rows(pairs.prompt)
     sites = writesae.edit_sites(model, prompts, cells)
-    random = lambda seed: writesae.steering_values(model, prompts, sites, pairs.target, "random", 1.0, generator=rng(seed))
+    random = lambda seed: writesae.steering_values(model, prompts, sites, pairs.target, "random", 1.0,
+                                                   generator=rng(seed))
     direction = random(0)
 
     def logit(values):
@@ -793,7 +796,7 @@ def test_the_read_key_is_the_one_that_coming_reads_weigh_most(kind):
         s = prompts.steps[site.layer].slice(slice(None), site.heads)
         norm = s.k.norm(dim=-1) * s.v.norm(dim=-1)
         torch.testing.assert_close(site.key.norm(dim=-1), norm)
-        torch.testing.assert_close(F.cosine_similarity(site.key[:, -1], s.q[:, -1], dim=-1), torch.ones(norm[:, -1].shape))
+        torch.testing.assert_close(F.cosine_similarity(site.key[:, -1], s.q[:, -1], dim=-1), torch.ones(2, len(site.heads)))
         heard = lambda key, t: propagate(key, s.slice(slice(t, None)))[0].square().sum(1)
         for t in range(3):
             other = norm[:, t, :, None] * F.normalize(torch.randn(50, *site.key[:, t].shape, generator=rng(t)), dim=-1)
@@ -821,7 +824,8 @@ def test_ascent_climbs_and_few_writes_are_the_best_ones():
     prompts = writesae.read_prompts(model, prompt)
     lift = lambda **how: writesae.steer(model, prompts, pairs, other, cells, "write", magnitude=2.0, generator=rng(0),
                                         **how).log_p[:, 0]
-    assert (lift(value="ascent") > lift(value="gradient")).all() and (lift(value="gradient") > lift(value="random")).all()
+    by_ascent, by_gradient, random = (lift(value=value) for value in ("ascent", "gradient", "random"))
+    assert (by_ascent > by_gradient).all() and (by_gradient > random).all()
     ready = prompts.rows(pairs.prompt)
     sites = writesae.edit_sites(model, ready, cells)
     slope = writesae.slopes(model, ready, sites, pairs.target, "gradient")
@@ -929,7 +933,7 @@ def test_a_spoiled_checkpoint_is_refused_by_name(tmp_path, kind, message):
     (["replace", "--model", "gdn", "--quick", "--json", "no-such-folder/x.json"], "cannot be written"),
     (["replace", "--device", "abacus"], "abacus"),
     (["replace", "--passages", "0"], "at least 1"),
-    (["steer", "--model", "gdn", "--prompt", "def f", "--target", "not one token"], "is 3 tokens for gdn: 'not', ' one'"),
+    (["steer", "--model", "gdn", "--prompt", "def f", "--target", "not one token"], "3 tokens for gdn: 'not', ' one'"),
     (["steer", "--model", "gdn", "--prompt", "", "--target", "x"], "empty prompt"),
     (["steer", "--model", "gdn", "--prompt", "x", "--target", "x"], "1 tokens, its last 3 are edited"),
     (["steer", "--model", "gdn", "--prompt", "def f(x): return"], "give both"),

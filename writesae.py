@@ -660,7 +660,8 @@ def logit_ladder(model: LanguageModel, p: Point, layer: int, head: int, change: 
     pick = lambda logits: wide(logits).gather(-1, targets[:, None].expand(-1, HORIZONS, -1))
     jvp = lambda f, at, direction: torch.func.jvp(f, (at,), (direction,))[1]                        # f'(at) · direction
     mean_of_two = lambda f, at, direction: (jvp(f, at, direction) + jvp(f, at + direction, direction)) / 2
-    simpson = lambda f, at, direction: (2 * mean_of_two(f, at, direction) + 4 * jvp(f, at + direction / 2, direction)) / 6
+    simpson = lambda f, at, direction: (2 * mean_of_two(f, at, direction)
+                                        + 4 * jvp(f, at + direction / 2, direction)) / 6
 
     edits = lambda size: [Edit(layer, head, p.t, key, size * value)
                           for key, value in zip(change.keys.unbind(1), change.values.unbind(1))]
@@ -820,6 +821,30 @@ def read_prompts(model: LanguageModel, tokens: Tensor, n: int = EDITED) -> Promp
     return Prompts(last, cache, after, wide(logits[:, -1]), steps)
 
 
+class Pairs(NamedTuple):
+    """What is asked for, one row per pair."""
+    prompt: Tensor      # [N] which prompt
+    target: Tensor      # [N] the token that is to appear after it
+    stratum: Tensor     # [N] index into STRATA
+
+
+def draw_targets(logits: Tensor, tokens: Tensor, each: int, generator: torch.Generator) -> Pairs:
+    """Up to `each` targets per prompt and stratum, drawn evenly and without repeats.
+
+    logits [P, vocab] of the first new token, tokens [P, T] the prompts.
+    """
+    rank = logits.argsort(-1, descending=True).argsort(-1) + 1
+    inside = torch.zeros_like(rank, dtype=torch.bool).scatter(1, tokens, True)
+    pairs = []
+    for j, (low, high, in_prompt) in enumerate(STRATA.values()):
+        allowed = (rank >= low) & (rank <= (high or rank.shape[1])) & (inside == in_prompt)
+        for i, row in enumerate(allowed.cpu()):
+            candidates = row.nonzero().squeeze(-1)
+            pick = candidates[torch.randperm(len(candidates), generator=generator)[:each]]
+            pairs += [(i, target, j) for target in pick.tolist()]
+    return Pairs(*torch.tensor(pairs, device=logits.device).T)
+
+
 class Site(NamedTuple):
     """Where one layer is edited: n positions of E of its heads, in N prompts. An edit is key valueᵀ.
 
@@ -836,16 +861,28 @@ class Site(NamedTuple):
         return self._replace(key=self.key[index], gain=self.gain[index])
 
 
+def read_key(s: StepInputs) -> Tensor:
+    """The unit key under which a value added at s's first token is weighed most by all the reads of s. [N, E, K]
+
+    An edit κ yᵀ at t moves the read at s ≥ t by (u_s · q_s) y with u_s = A_s ... A_{t+1} κ (models.propagate). So its
+    gain is linear in κ: κ · b_s with b_s = A_{t+1}ᵀ ... A_sᵀ q_s. The squared gains sum to κᵀ (Σ_s b_s b_sᵀ) κ, largest
+    at the leading eigenvector. The b_s come from propagating the K unit keys; with one read left, κ is its query. The
+    sign is the one that makes the sum of the gains positive.
+    """
+    N, _, E, K = s.q.shape
+    each = torch.arange(E, device=s.q.device).repeat_interleave(K)                        # every head K times,
+    unit = torch.eye(K).to(s.q).repeat(E, 1).expand(N, -1, -1)                            # with one unit key each
+    b = propagate(unit, s.slice(slice(None), each))[0].unflatten(-1, (E, K))              # [N, T, E, K]
+    key = torch.linalg.eigh(torch.einsum("ntek,ntel->nekl", b, b))[1][..., -1]
+    return key * torch.where((key * b.sum(1)).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+
+
 @torch.no_grad()
 def edit_sites(model: LanguageModel, prompts: Prompts, cells: list[tuple[int, int]], key: str = "write") -> list[Site]:
-    """The sites of the (layer, head) cells, one per layer. key: in which direction their edits are filed.
+    """The sites of the (layer, head) cells, one per layer.
 
-    "write": under the key that the position itself writes with.
-    "read": under the key that the coming reads weigh most. An edit κ yᵀ at t moves the read at s ≥ t by (u_s · q_s) y,
-        u_s = A_s ... A_{t+1} κ (models.propagate), so its gain is κ · b_s with b_s = A_{t+1}ᵀ ... A_sᵀ q_s, linear in κ.
-        Over the reads until the prompt ends, which make the next token, the squared gains sum to κᵀ (Σ b_s b_sᵀ) κ:
-        for a unit key largest at the leading eigenvector. (At the last position that is the query itself.) The b_s come
-        from propagating the K unit keys.
+    key "write": edits are filed under the key that their position itself writes with. "read": under the one that the
+    reads from there to the prompt's end, which make the next token, weigh most (`read_key`).
     """
     sites = []
     for layer in sorted({layer for layer, _ in cells}):
@@ -853,18 +890,11 @@ def edit_sites(model: LanguageModel, prompts: Prompts, cells: list[tuple[int, in
         for head in heads:
             model.check_cell(layer, head)
         s = prompts.steps[layer].slice(slice(None), heads)
-        N, n, E, K = s.q.shape
-        size, keys, gains = (s.k.norm(dim=-1) * s.v.norm(dim=-1)).unsqueeze(-1), [], []
-        for t in range(n):
-            later = s.slice(slice(t, None))
-            direction = F.normalize(s.k[:, t], dim=-1)
-            if key == "read":
-                b = torch.stack([propagate(unit.expand(N, E, K), later)[0] for unit in torch.eye(K).to(s.k)], -1)
-                direction = torch.linalg.eigh(torch.einsum("ntek,ntel->nekl", b, b))[1][..., -1]
-                direction = direction * torch.where((direction * b.sum(1)).sum(-1, keepdim=True) < 0, -1.0, 1.0)
-            keys.append(size[:, t] * direction)
-            gains.append(propagate(keys[t], later)[0][:, -1])
-        sites.append(Site(layer, heads, torch.stack(keys, 1), torch.stack(gains, 1)))
+        later = [s.slice(slice(t, None)) for t in range(s.q.shape[1])]
+        unit = F.normalize(s.k, dim=-1) if key == "write" else torch.stack([read_key(x) for x in later], 1)
+        keys = unit * (s.k.norm(dim=-1) * s.v.norm(dim=-1)).unsqueeze(-1)
+        gain = torch.stack([propagate(k, x)[0][:, -1] for k, x in zip(keys.unbind(1), later)], 1)
+        sites.append(Site(layer, heads, keys, gain))
     return sites
 
 
@@ -880,7 +910,7 @@ def sized(values: list[Tensor], magnitude: float, shared: bool = False) -> list[
     in proportion and their squares summing to magnitude². values: [N, n, E, V] per site."""
     if not shared:
         return [magnitude * F.normalize(y, dim=-1) for y in values]
-    total = torch.stack([y.square().sum((1, 2, 3)) for y in values]).sum(0).sqrt().clamp_min(1e-30)
+    total = sum(y.square().sum((1, 2, 3)) for y in values).sqrt().clamp_min(1e-30)
     return [y * (magnitude / total)[:, None, None, None] for y in values]
 
 
@@ -955,30 +985,6 @@ class Continuation(NamedTuple):
     size: Tensor        # [N] √Σ‖edit‖² / √Σ‖S‖²: all edits against all states of the unedited cache (Frobenius)
 
 
-class Pairs(NamedTuple):
-    """What is asked for, one row per pair."""
-    prompt: Tensor      # [N] which prompt
-    target: Tensor      # [N] the token that is to appear after it
-    stratum: Tensor     # [N] index into STRATA
-
-
-def draw_targets(logits: Tensor, tokens: Tensor, each: int, generator: torch.Generator) -> Pairs:
-    """Up to `each` targets per prompt and stratum, drawn evenly and without repeats.
-
-    logits [P, vocab] of the first new token, tokens [P, T] the prompts.
-    """
-    rank = logits.argsort(-1, descending=True).argsort(-1) + 1
-    inside = torch.zeros_like(rank, dtype=torch.bool).scatter(1, tokens, True)
-    pairs = []
-    for j, (low, high, in_prompt) in enumerate(STRATA.values()):
-        allowed = (rank >= low) & (rank <= (high or rank.shape[1])) & (inside == in_prompt)
-        for i, row in enumerate(allowed.cpu()):
-            candidates = row.nonzero().squeeze(-1)
-            pick = candidates[torch.randperm(len(candidates), generator=generator)[:each]]
-            pairs += [(i, target, j) for target in pick.tolist()]
-    return Pairs(*torch.tensor(pairs, device=logits.device).T)
-
-
 @torch.no_grad()
 def steer(model: LanguageModel, prompts: Prompts, pairs: Pairs, unrelated: Tensor, cells=(), key: str = "write",
           value: str | None = None, magnitude: float = 0.0, shared: bool = False, writes: int | None = None,
@@ -986,8 +992,8 @@ def steer(model: LanguageModel, prompts: Prompts, pairs: Pairs, unrelated: Tenso
     """Add edits to the cache while the prompts' last tokens are read, then decode.
 
     cells: the (layer, head) pairs that are edited, at each of the prompts' last n positions. key: see `edit_sites`.
-    value: see `steering_values`; None leaves the cache as it is. magnitude, shared: see `sized`. writes: only so many of
-    the edits, the best to first order. unrelated [P, U]: another text for each prompt, which is read in place of a
+    value: see `steering_values`; None leaves the cache as it is. magnitude, shared: see `sized`. writes: only so many
+    of the edits, the best to first order. unrelated [P, U]: another text for each prompt, which is read in place of a
     continuation to see what else the edit changes.
     Raises InputError for a cell that is none, an unknown side, a magnitude that is negative or not finite.
     """
@@ -997,14 +1003,13 @@ def steer(model: LanguageModel, prompts: Prompts, pairs: Pairs, unrelated: Tenso
     if not 0 <= magnitude < math.inf:
         raise InputError(f"magnitude {magnitude}: allowed are finite numbers from 0")
     all_sites, parts = edit_sites(model, prompts, cells, key), []
-    batch = max(1, 30_000_000 // ((NEW + unrelated.shape[1]) * model.vocab))               # some 120 MB of logits at once
+    batch = max(1, 30_000_000 // ((NEW + unrelated.shape[1]) * model.vocab))           # some 120 MB of logits at once
     for part in torch.arange(len(pairs.target), device=model.device).split(batch):
         row, target = pairs.prompt[part], pairs.target[part]
         native, sites = prompts.rows(row), [site.rows(row) for site in all_sites]
         if writes:
             sites = best_writes(sites, slopes(model, native, sites, target, "gradient"), writes)
-        values = (steering_values(model, native, sites, target, value, magnitude, shared, generator) if value else
-                  [])
+        values = (steering_values(model, native, sites, target, value, magnitude, shared, generator) if value else [])
 
         logits, after = model(native.last, native.cache, edits_at(sites, values, native.cache.length))
         tokens, logits = model.generate(logits[:, -1], after, NEW)
@@ -1023,8 +1028,8 @@ def steer(model: LanguageModel, prompts: Prompts, pairs: Pairs, unrelated: Tenso
 
 
 def rate_ci95(wins: Tensor, cluster: Tensor, generator: torch.Generator) -> tuple[float, float]:
-    """The 95 % interval of a rate: whole clusters drawn again, and no narrower than Wilson's, which has a width at 0 and
-    100 % too. wins, cluster [N]."""
+    """The 95 % interval of a rate: whole clusters drawn again, and no narrower than Wilson's, which has a width at 0
+    and 100 % too. wins, cluster [N]."""
     low, high = zip(cluster_bootstrap(wins, cluster, generator), wilson(int(wins.sum()), len(wins)))
     return min(low), max(high)
 
@@ -1033,8 +1038,8 @@ def steering_summary(edited: Continuation, native: Continuation, random: Continu
                      generator: torch.Generator) -> dict:
     """Figures of one kind of edit over N pairs. prompt [N]: the 95 % intervals draw whole prompts again.
 
-    *_rate: share of continuations that hold the target: edited, native (unedited), random (values of a random direction,
-    the same keys and norms). rank_improved: share of ranks that fell. median_rank_shift: rank before minus after.
+    *_rate: share of continuations that hold the target: edited, native (unedited), random (values of a random
+    direction, the same keys and norms). rank_improved: share of ranks that fell. median_rank_shift: rank before minus after.
     first_step_lift_nats: mean rise of log p(target) for the first new token. occurrences: mean count of the target in
     20 tokens. kl_unrelated: mean KL per token of unrelated later text. perplexity: exp of the mean nll of the
     continuation under the unedited model.
@@ -1052,7 +1057,8 @@ def steering_summary(edited: Continuation, native: Continuation, random: Continu
         rank_improved=(shift > 0).double().mean().item(), median_rank_shift=shift.median().item(),
         median_rank=edited.rank[:, 0].median().item(),
         first_step_lift_nats=(edited.log_p - native.log_p)[:, 0].mean().item(),
-        random_lift_nats=(random.log_p - native.log_p)[:, 0].mean().item(), occurrences=edited.count.double().mean().item())
+        random_lift_nats=(random.log_p - native.log_p)[:, 0].mean().item(),
+        occurrences=edited.count.double().mean().item())
 
 
 @torch.no_grad()
@@ -1063,7 +1069,8 @@ def sign_test(model: LanguageModel, prompts: Prompts, sites: list[Site], targets
     values = sized(slope, 1.0)
     predicted = sum((g * y).sum((1, 2, 3)) for g, y in zip(slope, values))
     logit = lambda edits: wide(model(prompts.last, prompts.cache, edits)[0][:, -1]).gather(-1, targets[:, None])[:, 0]
-    measured = [logit(edits_at(sites, [sign * y for y in values], prompts.cache.length)) - logit(()) for sign in (1, -1)]
+    native, start = logit(()), prompts.cache.length
+    measured = [logit(edits_at(sites, [sign * y for y in values], start)) - native for sign in (1, -1)]
     return torch.cat([predicted, -predicted]), torch.cat(measured)
 
 
@@ -1092,15 +1099,29 @@ def taken_out(model: LanguageModel, tokens: Tensor, layer: int, head: int, passa
             yield events, change.mean(1)
 
 
+@torch.no_grad()
+def dominant(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions: range,
+             cosine_min: float) -> tuple[Factored, Tensor, Tensor, Tensor]:
+    """Over a text [P, T]: the head's writes (r = 1, [P, T, ·]), the dominant atom of each, its coefficient, and whether
+    it fires there (at one of `positions`, coefficient > 0, cosine at least cosine_min), [P, T] each."""
+    stream, _ = model.run(model.embed(tokens), last=layer)
+    s = model.step_inputs(stream, layer).slice(slice(None), slice(head, head + 1))
+    W = write_of(*(x[:, :, 0] for x in native_write(s, sae.cfg.get("write", "value"))))
+    a, atom = (x.view(tokens.shape) for x in best_atom(sae, Factored(*(x.flatten(0, 1) for x in W))))
+    fires = (a > 0) & (cosine(write_of(sae.key_dir[atom], sae.value_dir[atom]), W) >= cosine_min)
+    looked_at = torch.zeros(tokens.shape[1], dtype=torch.bool, device=a.device)
+    looked_at[positions] = True
+    return W, atom, a, fires & looked_at
+
+
 class Erased(NamedTuple):
-    """One row per firing in the test passages. Changes of the promoted token's log-probability, mean over eleven steps,
-    in nats, when a A is taken out where the atom fires, when the same matrix is taken out where it does not, and when
-    there only the atom's own share of the other write is."""
-    atom: Tensor          # [N]
+    """One row per firing in the test passages: changes of the promoted token's log-probability, mean over eleven steps,
+    in nats."""
+    atom: Tensor          # [N] index into the tested atoms
     passage: Tensor       # [N]
-    firing: Tensor        # [N]
-    elsewhere: Tensor     # [N] the same a A at a random position where another atom is dominant
-    own_share: Tensor     # [N] the same atom there, with its own coefficient, 0 if negative
+    firing: Tensor        # [N] a A taken out where the atom fires
+    elsewhere: Tensor     # [N] the same a A taken out at a random position where the atom does not fire
+    own_share: Tensor     # [N] taken out there: only as much of A as that position's write holds, max(⟨A, k vᵀ⟩, 0)
 
 
 @torch.no_grad()
@@ -1109,56 +1130,50 @@ def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, hea
             progress=iter) -> tuple[Tensor, Tensor, Erased]:
     """Does an atom promote a token? Take it out and see.
 
-    On even passages: the n_atoms that fire most, and for each the token whose log-probability falls most, on the mean
-    over up to `most` of its firings, when a A is taken out of the state. On odd passages: how that token's
-    log-probability changes there, and at as many positions where the atom does not fire.
+    On the even passages: the n_atoms that fire most, and for each the token whose log-probability falls most, on the
+    mean over up to `most` of its firings, when a A is taken out of the state. On the odd passages: how that token's
+    log-probability changes then, and at as many positions where the atom does not fire.
 
     tokens [P, T]; positions: where writes are looked at. Returns atoms [n_atoms], their tokens [n_atoms], and the
     changes. Raises InputError where no atom fires in both halves.
     """
-    stream, _ = model.run(model.embed(tokens), last=layer)
-    s = model.step_inputs(stream, layer).slice(slice(None), slice(head, head + 1))
-    k, v = (x[:, :, 0] for x in native_write(s, sae.cfg.get("write", "value")))                           # [P, T, ·]
-    a, atom = (x.view(k.shape[:2]) for x in best_atom(sae, write_of(k.flatten(0, 1), v.flatten(0, 1))))
-    tested = torch.zeros_like(a, dtype=torch.bool)
-    tested[:, positions] = True
-    fires = tested & (a > 0) & (cosine(write_of(sae.key_dir[atom], sae.value_dir[atom]), write_of(k, v)) >= cosine_min)
-    even = (torch.arange(len(tokens), device=a.device) % 2 == 0)[:, None]
-    counts = torch.bincount(atom[fires & even], minlength=sae.n_atoms)
-    counts[torch.bincount(atom[fires & ~even], minlength=sae.n_atoms) == 0] = 0
-    n_atoms = min(n_atoms, int((counts > 0).sum()))
-    if n_atoms == 0:
+    even, odd = tokens[::2], tokens[1::2]
+    chosen_in, tested_in = (dominant(model, sae, half, layer, head, positions, cosine_min) for half in (even, odd))
+    count = lambda half: torch.bincount(half[1][half[3]], minlength=sae.n_atoms)
+    firings = count(chosen_in) * (count(tested_in) > 0)
+    atoms = firings.topk(min(n_atoms, int((firings > 0).sum()))).indices
+    if len(atoms) == 0:
         raise InputError("no atom fires in both halves of the passages: take more --passages or a lower --cosine-min")
-    atoms = counts.topk(n_atoms).indices
 
     def draw(mask: Tensor, n: int) -> Tensor:                                     # up to n places (passage, position)
         places = mask.nonzero()
         return places[torch.randperm(len(places), generator=generator)[:n].to(places.device)]
 
-    def out(which: Tensor, size: Tensor) -> Factored:
-        return write_of(size[:, None] * sae.key_dir[which], sae.value_dir[which])
+    def firings_of(half) -> tuple[Tensor, Tensor, Tensor]:                        # place [N, 2], index of the atom, a
+        _, atom, a, fires = half
+        places = [draw(fires & (atom == i), most) for i in atoms]
+        place, which = torch.cat(places), torch.cat([torch.full((len(x),), j) for j, x in enumerate(places)])
+        return place, which.to(place.device), a[place[:, 0], place[:, 1]]
 
-    firings = lambda half: torch.cat([F.pad(draw(fires & half & (atom == i), most), (0, 1), value=int(j))
-                                      for j, i in enumerate(atoms)])              # rows: passage, position, index of atom
-    passage, position, which = firings(even).T
-    change = torch.zeros(n_atoms, model.vocab, device=a.device)
-    for events, moved in taken_out(model, tokens, layer, head, passage, position,
-                                   out(atoms[which], a[passage, position]), progress):
-        change.index_add_(0, which[events], moved.to(change))
-    promoted = (change / torch.bincount(which, minlength=n_atoms)[:, None]).argmin(-1)
+    out = lambda which, size: write_of(size[:, None] * sae.key_dir[atoms[which]], sae.value_dir[atoms[which]])
 
-    passage, position, which = firings(~even).T
-    other = torch.cat([draw(tested & ~even & (atom != i), int((which == j).sum())) for j, i in enumerate(atoms)])
-    size = a[passage, position]
-    share = sae.measured(write_of(k[tuple(other.T)], v[tuple(other.T)]))
-    share = inner(out(atoms[which], torch.ones_like(size)), share).relu()
-    columns = []
-    for place, amount in (((passage, position), size), (other.T, size), (other.T, share)):
-        column = torch.zeros(len(which), device=a.device)
-        for events, moved in taken_out(model, tokens, layer, head, *place, out(atoms[which], amount), progress):
-            column[events] = moved.gather(-1, promoted[which[events], None])[:, 0].to(column)
-        columns.append(column.cpu())
-    return atoms.cpu(), promoted.cpu(), Erased(which.cpu(), passage.cpu(), *columns)
+    place, which, size = firings_of(chosen_in)
+    change = torch.zeros(len(atoms), model.vocab, device=tokens.device)
+    for events, moved in taken_out(model, even, layer, head, *place.T, out(which, size), progress):
+        change.index_add_(0, which[events], moved.float())
+    promoted = (change / torch.bincount(which, minlength=len(atoms))[:, None]).argmin(-1)
+
+    place, which, size = firings_of(tested_in)
+    W, atom, a, _ = tested_in
+    inside = torch.zeros_like(a, dtype=torch.bool)
+    inside[:, positions] = True
+    other = torch.cat([draw(inside & (atom != i), int((which == j).sum())) for j, i in enumerate(atoms)])
+    share = inner(out(which, torch.ones_like(size)), sae.measured(W.rows(tuple(other.T)))).relu()
+    places, sizes = torch.cat([place, other, other]), torch.cat([size, size, share])
+    moved_by = torch.zeros(len(places), device=tokens.device)
+    for events, moved in taken_out(model, odd, layer, head, *places.T, out(which.repeat(3), sizes), progress):
+        moved_by[events] = moved.gather(-1, promoted[which.repeat(3)[events], None])[:, 0].float()
+    return atoms.cpu(), promoted.cpu(), Erased(which.cpu(), place[:, 0].cpu(), *moved_by.cpu().chunk(3))
 
 
 def sign_flip(difference: Tensor, cluster: Tensor, generator: torch.Generator, draws: int = 10_000) -> float:
