@@ -627,8 +627,6 @@ def plot_formula(results: list[dict], drawn: list, path: str):
 PROMPT, UNRELATED = 96, 32                   # tokens of a prompt, and of the other text that shows what an edit costs
 MAGNITUDES = (1.5, 3.0, 6.0)                 # of each edit, times the native write beside it (Frobenius)
 BUDGET = 2.0                                 # of all edits together, in such writes
-
-
 REACHES = ("head", "layer", "all")
 
 
@@ -678,6 +676,11 @@ class Task:
         pairs = writesae.draw_targets(self.prompts(writesae.EDITED).logits, prompts, each, self.generator())
         chosen = torch.tensor([name in strata for name in writesae.STRATA], device=prompts.device)[pairs.stratum]
         self.pairs = writesae.Pairs(*(x[chosen] for x in pairs))
+        for name in strata:
+            halves = self.pairs.prompt[self.pairs.stratum == list(writesae.STRATA).index(name)] % 2
+            if len(halves.unique()) < 2:
+                raise InputError(f"no target of the stratum {name!r} on the even or on the odd ones of {len(prompts)} "
+                                 f"prompts (the vocabulary has {model.vocab} tokens): take more --passages")
         self.native = self.steer()
 
     def generator(self) -> torch.Generator:

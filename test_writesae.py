@@ -941,6 +941,7 @@ def test_a_spoiled_checkpoint_is_refused_by_name(tmp_path, kind, message):
     (["steer", "--magnitude", "inf", "--model", "gdn", "--prompt", "def f(x): return", "--target", "x"], "finite"),
     (["steer", "--magnitude", "-1"], "finite numbers from 0"),
     (["steer", "--model", "gdn", "--head", "all"], "one cell"),
+    (["steer", "--model", "gdn", "--passages", "1"], "no target of the stratum '100-1000'"),
     (["steer", "--smallest", "--magnitude", "3"], "searches"),
     (["erase", "--model", "gdn", "--source", "state"], "takes an SAE on writes"),
     (["erase", "--model", "gdn", "--cosine-min", "2", "--quick"], "no atom fires"),

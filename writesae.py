@@ -842,7 +842,7 @@ def draw_targets(logits: Tensor, tokens: Tensor, each: int, generator: torch.Gen
             candidates = row.nonzero().squeeze(-1)
             pick = candidates[torch.randperm(len(candidates), generator=generator)[:each]]
             pairs += [(i, target, j) for target in pick.tolist()]
-    return Pairs(*torch.tensor(pairs, device=logits.device).T)
+    return Pairs(*torch.tensor(pairs, dtype=torch.long, device=logits.device).view(-1, 3).T)
 
 
 class Site(NamedTuple):
