@@ -641,7 +641,8 @@ def steer(args) -> int:
     if args.prompt is not None or args.target is not None:
         return steer_one(args)
     texts = [read_text(args.text)] if args.text else split(python_text())[1]
-    n, each = args.passages or (8 if args.quick else 40 if args.smallest else 35), 1 if args.quick else 3
+    n = args.passages or (8 if args.quick else 120 if args.smallest else 35)
+    each = 1 if args.quick or args.smallest else 3                    # targets per prompt and stratum
     results = []
     for name in args.models:
         model, began = open_model(name, args.device), time.time()
@@ -746,10 +747,11 @@ def least(candidates: list, passes):
 
 
 def smallest_edits(task: Task, args) -> list[dict]:
-    """The least edit, by ascent, after which at least 99 % of targets of rank 100-1000 appear, in the prompt or not.
+    """The least edit, by ascent, after which targets of rank 100-1000 appear, in the prompt or not.
 
     Two searches: the least budget shared by all edits of some layers and positions, and the fewest writes at a given
-    magnitude. The least is found on the even prompts; the figures are from the odd ones, which had no say.
+    magnitude. It is the least after which every target on the even prompts appears; the figures are from the odd ones,
+    which had no say. (Asking for 99 % on the even ones gave less than that on the odd.)
     """
     even = task.pairs.prompt.cpu() % 2 == 0
     model, layers = task.model, task.model.recurrent_layers
@@ -762,14 +764,15 @@ def smallest_edits(task: Task, args) -> list[dict]:
         searches += [(f"layer {i}", [cell for cell in everywhere if cell[0] == i], 3, None) for i in layers]
     searches += [("best writes", everywhere, 3, m) for m in ((3.0,) if args.quick else MAGNITUDES)]
     found = []
+    keys = [args.key] if args.key else writesae.KEY_SIDES
     for (where, chosen, positions, each), key in progress(f"smallest {model.name}")(
-            [(search, key) for search in searches for key in ([args.key] if args.key else writesae.KEY_SIDES)]):
+            [(search, key) for search in searches for key in keys]):
         size = lambda x: (dict(magnitude=x, shared=True) if each is None else dict(magnitude=each, writes=x))
         tried = {}
 
         def passes(x) -> bool:
             tried[x] = task.steer(positions, cells=chosen, key=key, value="ascent", **size(x))
-            return (tried[x].count[even] > 0).double().mean() >= 0.99
+            return bool((tried[x].count[even] > 0).all())
 
         x = least(budgets if each is None else counts, passes)
         entry = dict(where=where, positions=positions, key=key, value="ascent", n_edits=positions * len(chosen),
@@ -844,8 +847,8 @@ def print_smallest(results: list[dict]):
     row = print_rows(-26, -7, 16, 8, 22, 9, 10, 8, 8, 8, 8, 8)
     for r in results:
         one = r["edits"][0]
-        print(f"{r['model']}: the least edit (ascent) after which >= 99 % of {one['chosen_on']} targets of rank "
-              f"100-1000 on even prompts appear; figures from {one['n_pairs']} pairs on {one['n_prompts']} odd prompts.")
+        print(f"{r['model']}: the least edit (ascent) after which all {one['chosen_on']} targets of rank 100-1000 on the "
+              f"even prompts appear; figures from {one['n_pairs']} pairs on the {one['n_prompts']} odd prompts.")
         row("where", "key", "least", "cache%", "appear% [95 % CI]", "absent%", "unedited%", "random%", "lift", "times",
             "KL", "ppl")
         for e in r["edits"]:
@@ -1057,7 +1060,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--head", default="0", help="a head, from 0, or all (default 0)")
     p.add_argument("--text", help="test on this text file instead of the held-out Python text")
     p.add_argument("--passages", type=int, help="number of test passages or prompts (default: replace 176, formula "
-                   "100, steer 35, steer --smallest 40, erase 1600)")
+                   "100, steer 35, steer --smallest 120, erase 1600)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="the same code on a small sample, in seconds")
