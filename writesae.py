@@ -544,7 +544,7 @@ def wilson(wins: int, n: int, z: float = 1.96) -> tuple[float, float]:
         return math.nan, math.nan
     p, z2 = wins / n, z * z
     middle, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+    return max((middle - half) / (1 + z2 / n), 0.0), min((middle + half) / (1 + z2 / n), 1.0)
 
 
 def cluster_bootstrap(values: Tensor, cluster: Tensor, generator: torch.Generator,
