@@ -1,4 +1,4 @@
-"""What this project promises, as tests: python -m pytest. CPU only, no network, about a minute.
+"""What this project promises, as tests: python -m pytest. CPU only, no network, about a minute and a half.
 
 Every shape here has K ≠ V, because square heads hide transposed ones.
 """
