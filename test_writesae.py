@@ -25,7 +25,7 @@ import writesae
 from models import (Block, ChannelMix, Edit, InputError, LanguageModel, RWKV7, StepInputs, load, propagate, recurrence,
                     recurrence_chunked, states)
 from writesae import (CONDITIONS, Factored, WriteSAE, fit_alternating, fit_gradient, inner, matrix_of, replacement,
-                      replacements, summary, write_of)
+                      replacements, write_of)
 
 settings.register_profile("here", derandomize=True, deadline=None, max_examples=25,
                           suppress_health_check=list(HealthCheck))
