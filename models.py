@@ -153,8 +153,7 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | 
     B, T, H, K = s.q.shape
     V = s.v.shape[-1]
     C = min(T, chunk or (32 if s.log_decay.shape[-1] == 1 else 16))
-    N = -(-T // C)                                                          # number of chunks, the last one padded:
-    # zeros change nothing
+    N = -(-T // C)                                   # number of chunks; the last is padded, and zeros change nothing
     split = lambda x: F.pad(x, (0, 0, 0, 0, 0, N * C - T)).view(B, N, C, H, -1).permute(1, 0, 3, 2, 4)
     q, k, v, log_decay = map(split, s[:4])                                  # [N, B, H, C, ·]
     L = log_decay.cumsum(-2)                                                # up to and with each token
@@ -265,6 +264,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> the same shape and dtype."""
         y = wide(x) * torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + self.eps)
         return (y * (self.offset + wide(self.weight))).to(x.dtype)
 
@@ -393,6 +393,7 @@ class LowRank(nn.Module):
         self.lora = nn.Sequential(nn.Linear(width, rank, bias=False), f, nn.Linear(rank, out, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> [..., out]."""
         return self.lora(x)
 
 

@@ -489,9 +489,10 @@ def print_replace(results: list[dict]):
               f"  failures by quartile of effect {' / '.join(map(percent, r['failure_by_quartile']))} %;  "
               f"{r['seconds']} s")
     print("""
-n: firings. cover: their share of all tested positions. win: KL(atom) < KL(delete). recovered: 1 − ΣKL(atom)/ΣKL(delete)
-(the paper's: from its medians). projected: the win rate of a random rank-1 direction at its own best coefficient (50 = it
-means nothing). order: atom < delete < random atom. all: every tested position. noise: median KL with the write put back.""")
+n: firings. cover: their share of all tested positions. win: KL(atom) < KL(delete). recovered: 1 −
+ΣKL(atom)/ΣKL(delete) (the paper's: from its medians). projected: the win rate of a random rank-1 direction
+at its own best coefficient (50 = it means nothing). order: atom < delete < random atom. all: every tested
+position. noise: median KL with the write put back.""")
 
 
 def pyplot():
@@ -596,10 +597,11 @@ def print_formula(results: list[dict]):
               f"every step;\n  per atom: over the {r['rungs'][0]['r2_per_atom']['n_atoms']} atoms that fire, each over "
               "its firings, tokens and steps;  "
               f"{r['seconds']} s\n")
-    print("""swap: the atom in the write's place. delete: the write taken out. ε: an atom of that norm added. train.: swap on training text.
-Nothing is fitted but rung 2. What each step up is worth: 1 to 3 the erase term; 3 to 4 the head's norm and gate and the final
-norm; 4 to 5 the later layers; 5 to 6 second order; 6 to 7 the head's norm, far from linear where a write is most of its input;
-7 to 8 what is beyond second order in the layers above.""")
+    print("""swap: the atom in the write's place. delete: the write taken out. ε: an atom of that norm added. train.:
+swap on training text. Nothing is fitted but rung 2. What each step up is worth: 1 to 3 the erase term; 3
+to 4 the head's norm and gate and the final norm; 4 to 5 the later layers; 5 to 6 second order; 6 to 7 the
+head's norm, far from linear where a write is most of its input; 7 to 8 what is beyond second order in the
+layers above.""")
 
 
 def plot_formula(results: list[dict], drawn: list, path: str):
@@ -674,6 +676,7 @@ class Task:
     def __init__(self, model: LanguageModel, prompts: Tensor, unrelated: Tensor, each: int, seed: int,
                  strata: tuple[str, ...]):
         self.model, self.tokens, self.unrelated, self.seed, self.strata = model, prompts, unrelated, seed, strata
+        self.ready = {}
         pairs = writesae.draw_targets(self.prompts(writesae.EDITED).logits, prompts, each, self.generator())
         chosen = torch.tensor([name in strata for name in writesae.STRATA], device=prompts.device)[pairs.stratum]
         self.pairs = writesae.Pairs(*(x[chosen] for x in pairs))
@@ -689,8 +692,10 @@ class Task:
         return torch.Generator().manual_seed(self.seed)
 
     def prompts(self, positions: int) -> writesae.Prompts:
-        """The prompts, ready for edits of their last positions."""
-        return writesae.read_prompts(self.model, self.tokens, positions)
+        """The prompts, ready for edits of their last positions; read once."""
+        if positions not in self.ready:
+            self.ready[positions] = writesae.read_prompts(self.model, self.tokens, positions)
+        return self.ready[positions]
 
     def steer(self, positions: int = writesae.EDITED, **how) -> writesae.Continuation:
         """One kind of edit (`writesae.steer`) on all pairs."""
@@ -834,12 +839,13 @@ def print_ladder(results: list[dict]):
                       f"{t['pearson']:.3f}, R² {t['r2']:.3f}")
         print(f"  {r['seconds']} s\n")
     print("""The paper's sign test: right in 84.6 % of 2,000, Pearson 0.162, R² -0.06.
-Nx: each edit is N times as large as the write beside it (Frobenius). Columns Nx: targets of rank 100-1000 that stand in the
-prompt. All the others are at the first column's N. rarer: rank above 1000, frequent: rank 2-99, both in the prompt; absent: rank
-100-1000, not in the prompt. From "lift" on: the targets of the first column. lift: mean rise of log p(target) for the first new
-token, nats. rank+: share of ranks improved, shift: median rank before minus after. times: mean count of the target in 20 tokens.
-KL: per token of unrelated later text. ppl: perplexity of the continuation under the unedited model. cache: all edits against
-all states (Frobenius).""")
+Nx: each edit is N times as large as the write beside it (Frobenius). Columns Nx: targets of rank 100-1000
+that stand in the prompt. All the others are at the first column's N. rarer: rank above 1000, frequent:
+rank 2-99, both in the prompt; absent: rank 100-1000, not in the prompt. From "lift" on: the targets of the
+first column. lift: mean rise of log p(target) for the first new token, nats. rank+: share of ranks
+improved, shift: median rank before minus after. times: mean count of the target in 20 tokens. KL: per
+token of unrelated later text. ppl: perplexity of the continuation under the unedited model. cache: all
+edits against all states (Frobenius).""")
 
 
 def print_smallest(results: list[dict]):
@@ -847,8 +853,8 @@ def print_smallest(results: list[dict]):
     row = print_rows(-26, -7, 16, 8, 22, 9, 10, 8, 8, 8, 8, 8)
     for r in results:
         one = r["edits"][0]
-        print(f"{r['model']}: the least edit (ascent) after which all {one['chosen_on']} targets of rank 100-1000 on the "
-              f"even prompts appear; figures from {one['n_pairs']} pairs on the {one['n_prompts']} odd prompts.")
+        print(f"{r['model']}: the least edit (ascent) after which all {one['chosen_on']} targets of rank 100-1000 on "
+              f"the even prompts appear; figures from {one['n_pairs']} pairs on the {one['n_prompts']} odd prompts.")
         row("where", "key", "least", "cache%", "appear% [95 % CI]", "absent%", "unedited%", "random%", "lift", "times",
             "KL", "ppl")
         for e in r["edits"]:
@@ -860,10 +866,13 @@ def print_smallest(results: list[dict]):
                 f"{e['first_step_lift_nats']:+.1f}", f"{e['occurrences']:.1f}", f"{e['edited_kl_unrelated']:.3f}",
                 f"{e['edited_perplexity']:.2f}")
         print(f"  unedited: perplexity {one['native_perplexity']:.2f};  {r['seconds']} s\n")
-    print("""budget: the size of all edits together in native writes, √Σ(magnitude²), divided among heads and positions by the ascent.
-N at Mx: only the N writes of each prompt whose edits lift most to first order, each at M times the write beside it.
-cache: all edits against all states (Frobenius). times: mean count of the target in 20 tokens. KL: per token of unrelated later
-text. ppl: perplexity of the continuation under the unedited model. random: the same keys and sizes, random values.""")
+    print("""budget: the size of all edits together in native writes, √Σ(magnitude²), divided among heads and positions
+by the ascent.
+N at Mx: only the N writes of each prompt whose edits lift most to first order, each at M times the write
+beside it.
+cache: all edits against all states (Frobenius). times: mean count of the target in 20 tokens. KL: per
+token of unrelated later text. ppl: perplexity of the continuation under the unedited model. random: the
+same keys and sizes, random values.""")
 
 
 def steer_one(args) -> int:
@@ -885,7 +894,7 @@ def steer_one(args) -> int:
         how = dict(cells=reach_cells(model, layer, head, args.reach or "all"), key=args.key or "read",
                    value=args.value or "ascent", generator=torch.Generator().manual_seed(args.seed),
                    magnitude=BUDGET if args.magnitude is None else args.magnitude, shared=args.magnitude is None)
-        unrelated = tokens[:, :1]
+        unrelated = tokens[:, :1]                                                   # any: the price is not shown
         before = writesae.steer(model, prompts, pairs, unrelated)
         after = writesae.steer(model, prompts, pairs, unrelated, **how)
         last = ", ".join(repr(tokenizer.decode([i])) for i in prompts.last[0].tolist())
@@ -992,10 +1001,11 @@ def print_erase(results: list[dict]):
         print(f"  mean over all firings {r['all']['firing_mean']:+.5f} [{low:+.5f}, {high:+.5f}] by passage; "
               f"{len(fall)} of {len(r['atoms'])} atoms: token falls with p < 0.05;  {r['seconds']} s\n")
     print("""The paper: one atom, 150 firings, median -0.116 nats, p 1e-6, no effect elsewhere.
-The token was chosen on the even passages (the one that loses most on the mean), all figures are from the odd ones. Changes are
-means over the write's step and the ten after it. elsewhere: the same matrix taken out where the atom does not fire; own share:
-there, only as much of it as the atom's coefficient says. p: signs of whole passages flipped, two-sided, 10,000 draws; paired:
-firings against elsewhere; alone: firings against zero.""")
+The token was chosen on the even passages (the one that loses most on the mean), all figures are from the
+odd ones. Changes are means over the write's step and the ten after it. elsewhere: the same matrix taken
+out where the atom does not fire; own share: there, only as much of it as the atom's coefficient says. p:
+signs of whole passages flipped, two-sided, 10,000 draws; paired: firings against elsewhere; alone: firings
+against zero.""")
 
 
 def record_lines(name: str, layer: int, head: int, records: Records) -> str:
@@ -1044,6 +1054,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors as one line."""
 
     def error(self, message: str):
+        """Raise InputError where argparse would print its usage and exit."""
         raise InputError(f"{message}; see python run.py --help")
 
 

@@ -796,7 +796,8 @@ def test_the_read_key_is_the_one_that_coming_reads_weigh_most(kind):
         s = prompts.steps[site.layer].slice(slice(None), site.heads)
         norm = s.k.norm(dim=-1) * s.v.norm(dim=-1)
         torch.testing.assert_close(site.key.norm(dim=-1), norm)
-        torch.testing.assert_close(F.cosine_similarity(site.key[:, -1], s.q[:, -1], dim=-1), torch.ones(2, len(site.heads)))
+        along = F.cosine_similarity(site.key[:, -1], s.q[:, -1], dim=-1)                                      # [2, E]
+        torch.testing.assert_close(along, torch.ones(2, len(site.heads)))
         heard = lambda key, t: propagate(key, s.slice(slice(t, None)))[0].square().sum(1)
         for t in range(3):
             other = norm[:, t, :, None] * F.normalize(torch.randn(50, *site.key[:, t].shape, generator=rng(t)), dim=-1)

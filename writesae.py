@@ -1007,7 +1007,7 @@ def steer(model: LanguageModel, prompts: Prompts, pairs: Pairs, unrelated: Tenso
     for part in torch.arange(len(pairs.target), device=model.device).split(batch):
         row, target = pairs.prompt[part], pairs.target[part]
         native, sites = prompts.rows(row), [site.rows(row) for site in all_sites]
-        if writes:
+        if writes is not None:
             sites = best_writes(sites, slopes(model, native, sites, target, "gradient"), writes)
         values = (steering_values(model, native, sites, target, value, magnitude, shared, generator) if value else [])
 
@@ -1015,13 +1015,16 @@ def steer(model: LanguageModel, prompts: Prompts, pairs: Pairs, unrelated: Tenso
         tokens, logits = model.generate(logits[:, -1], after, NEW)
         log_p = wide(logits).log_softmax(-1)                                                            # [n, 20, vocab]
         log_p_target = log_p.gather(-1, target[:, None, None].expand(-1, NEW, -1))
-        elsewhere = [wide(model(unrelated[row], cache)[0]).log_softmax(-1) for cache in (native.after, after)]
+        each, of_row = row.unique(return_inverse=True)                  # unedited, the other text is one per prompt
+        quiet = wide(model(unrelated[each], prompts.after.rows(each))[0]).log_softmax(-1)[of_row]   # [n, U, vocab]
+        moved = wide(model(unrelated[row], after)[0]).log_softmax(-1)
+        # [n, 20, vocab] what the unedited model would have said at each step of the edited continuation
         judge = torch.cat([native.logits[:, None], wide(model(tokens[:, :-1], native.after)[0])], 1)
         edited = sum((site.key.square().sum(-1) * y.square().sum(-1)).sum((1, 2)) for site, y in zip(sites, values))
         states = sum(native.after.layers[i]["state"].square().sum((1, 2, 3)) for i in native.steps)
         parts.append(Continuation(
             tokens, count=(tokens == target[:, None]).sum(-1), rank=(log_p > log_p_target).sum(-1) + 1,
-            log_p=log_p_target[..., 0], kl=kl_divergence(*elsewhere).mean(-1),
+            log_p=log_p_target[..., 0], kl=kl_divergence(quiet, moved).mean(-1),
             nll=F.cross_entropy(judge.transpose(1, 2), tokens, reduction="none").mean(-1),
             size=(edited / states).sqrt()))
     return Continuation(*(torch.cat(column).cpu() for column in zip(*parts)))
@@ -1039,10 +1042,10 @@ def steering_summary(edited: Continuation, native: Continuation, random: Continu
     """Figures of one kind of edit over N pairs. prompt [N]: the 95 % intervals draw whole prompts again.
 
     *_rate: share of continuations that hold the target: edited, native (unedited), random (values of a random
-    direction, the same keys and norms). rank_improved: share of ranks that fell. median_rank_shift: rank before minus after.
-    first_step_lift_nats: mean rise of log p(target) for the first new token. occurrences: mean count of the target in
-    20 tokens. kl_unrelated: mean KL per token of unrelated later text. perplexity: exp of the mean nll of the
-    continuation under the unedited model.
+    direction, the same keys and norms). rank_improved: share of ranks that fell. median_rank_shift: rank before minus
+    after. first_step_lift_nats: mean rise of log p(target) for the first new token. occurrences: mean count of the
+    target in 20 tokens. kl_unrelated: mean KL per token of unrelated later text. perplexity: exp of the mean nll of
+    the continuation under the unedited model.
     """
     figures = dict(n_pairs=len(prompt), n_prompts=len(prompt.unique()))
     for name, c in dict(native=native, edited=edited, random=random).items():
@@ -1100,18 +1103,15 @@ def taken_out(model: LanguageModel, tokens: Tensor, layer: int, head: int, passa
 
 
 @torch.no_grad()
-def dominant(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions: range,
+def dominant(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int,
              cosine_min: float) -> tuple[Factored, Tensor, Tensor, Tensor]:
     """Over a text [P, T]: the head's writes (r = 1, [P, T, ·]), the dominant atom of each, its coefficient, and whether
-    it fires there (at one of `positions`, coefficient > 0, cosine at least cosine_min), [P, T] each."""
+    it fires there (coefficient > 0, cosine at least cosine_min), [P, T] each."""
     stream, _ = model.run(model.embed(tokens), last=layer)
     s = model.step_inputs(stream, layer).slice(slice(None), slice(head, head + 1))
     W = write_of(*(x[:, :, 0] for x in native_write(s, sae.cfg.get("write", "value"))))
     a, atom = (x.view(tokens.shape) for x in best_atom(sae, Factored(*(x.flatten(0, 1) for x in W))))
-    fires = (a > 0) & (cosine(write_of(sae.key_dir[atom], sae.value_dir[atom]), W) >= cosine_min)
-    looked_at = torch.zeros(tokens.shape[1], dtype=torch.bool, device=a.device)
-    looked_at[positions] = True
-    return W, atom, a, fires & looked_at
+    return W, atom, a, (a > 0) & (cosine(write_of(sae.key_dir[atom], sae.value_dir[atom]), W) >= cosine_min)
 
 
 class Erased(NamedTuple):
@@ -1138,15 +1138,17 @@ def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, hea
     changes. Raises InputError where no atom fires in both halves.
     """
     even, odd = tokens[::2], tokens[1::2]
-    chosen_in, tested_in = (dominant(model, sae, half, layer, head, positions, cosine_min) for half in (even, odd))
-    count = lambda half: torch.bincount(half[1][half[3]], minlength=sae.n_atoms)
+    chosen_in, tested_in = (dominant(model, sae, half, layer, head, cosine_min) for half in (even, odd))
+    looked_at = torch.zeros(tokens.shape[1], dtype=torch.bool, device=tokens.device)                        # [T]
+    looked_at[positions] = True
+    count = lambda half: torch.bincount(half[1][half[3] & looked_at], minlength=sae.n_atoms)                # [n_atoms]
     firings = count(chosen_in) * (count(tested_in) > 0)
     atoms = firings.topk(min(n_atoms, int((firings > 0).sum()))).indices
     if len(atoms) == 0:
         raise InputError("no atom fires in both halves of the passages: take more --passages or a lower --cosine-min")
 
-    def draw(mask: Tensor, n: int) -> Tensor:                                     # up to n places (passage, position)
-        places = mask.nonzero()
+    def draw(mask: Tensor, n: int) -> Tensor:                 # up to n places [·, 2] where mask: (passage, position)
+        places = (mask & looked_at).nonzero()
         return places[torch.randperm(len(places), generator=generator)[:n].to(places.device)]
 
     def firings_of(half) -> tuple[Tensor, Tensor, Tensor]:                        # place [N, 2], index of the atom, a
@@ -1158,16 +1160,14 @@ def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, hea
     out = lambda which, size: write_of(size[:, None] * sae.key_dir[atoms[which]], sae.value_dir[atoms[which]])
 
     place, which, size = firings_of(chosen_in)
-    change = torch.zeros(len(atoms), model.vocab, device=tokens.device)
+    change = torch.zeros(len(atoms), model.vocab, device=tokens.device)           # summed over each atom's firings
     for events, moved in taken_out(model, even, layer, head, *place.T, out(which, size), progress):
         change.index_add_(0, which[events], moved.float())
     promoted = (change / torch.bincount(which, minlength=len(atoms))[:, None]).argmin(-1)
 
     place, which, size = firings_of(tested_in)
-    W, atom, a, _ = tested_in
-    inside = torch.zeros_like(a, dtype=torch.bool)
-    inside[:, positions] = True
-    other = torch.cat([draw(inside & (atom != i), int((which == j).sum())) for j, i in enumerate(atoms)])
+    W, atom, _, _ = tested_in
+    other = torch.cat([draw(atom != i, int((which == j).sum())) for j, i in enumerate(atoms)])
     share = inner(out(which, torch.ones_like(size)), sae.measured(W.rows(tuple(other.T)))).relu()
     places, sizes = torch.cat([place, other, other]), torch.cat([size, size, share])
     moved_by = torch.zeros(len(places), device=tokens.device)
