@@ -1,42 +1,51 @@
-"""WriteSAE: sparse autoencoders whose atoms are rank-1 matrices,
-and the test whether an atom can stand for a real write.
+"""WriteSAE: sparse autoencoders whose atoms are rank-1 matrices, and the test of what they stand for.
 
-A recurrent layer of Gated DeltaNet, Mamba-2 or RWKV-7 writes one rank-1 matrix k vᵀ per head and token (models.py). An
-atom of this SAE has the same shape, A_i = key_dir_i value_dir_iᵀ, so it can take a write's place in the model's memory:
+A recurrent layer of Gated DeltaNet, Mamba-2 or RWKV-7 writes one rank-1 matrix k vᵀ per head and
+token into its state (models.py). An atom of this SAE has the same shape, A_i = key_i value_iᵀ, so
+it can take a write's place in the model's memory:
 
     rng = torch.Generator().manual_seed(0)
     sae = WriteSAE(n_atoms=1024, K=32, V=32)
-    fit_alternating(sae, k, v, rng)                         # k [N, K], v [N, V]: any writes, no model needed
-    records = replacement(model, sae, tokens, layer=1, head=0, positions=range(32, 96, 4), generator=rng)
-    figures = summary(records, cosine_min=0.71, generator=rng)
+    fit_alternating(sae, k, v, rng)              # k [N, K], v [N, V]: any writes, no model needed
+    null = untrained(sae, k, v, rng)             # the null: random writes as atoms, no training
+    table = replacement(model, sae, null, tokens, layer=1, head=0, positions=range(32, 96), generator=rng)
 
-Order of this file: matrices as factors - the SAE - its training - the replacement test - its figures - the logit-change
-formula - steering - erasing.
+Words used throughout:
+    write      k vᵀ, what one head adds to its state at one token
+    atom       one matrix A_i of the dictionary, of unit norm
+    a          an atom's coefficient; the *dominant* atom of a write is the one with the largest
+    firing     the dominant atom stands for the write: cosine(a A, k vᵀ) ≥ 0.71, so that it explains
+               half of the write's energy or more
+    coverage   the share of positions with a firing
+    effect     KL(native ‖ edited) of the next-token distribution, summed over the write's step and
+               the ten after it, in nats
 
-Reference: WriteSAE, arXiv 2605.12770 ("the paper"). States and writes are key first, [K, V], as in models.py.
+Order of this file: matrices as factors - the SAE - its training - the engine: branches of a run -
+the replacement test - the logit-change formula - steering - erasing - a population of atoms.
+
+Reference: WriteSAE, arXiv 2605.12770 ("the paper"). States and writes are key first, [K, V].
 """
 from __future__ import annotations
 
 import json
 import math
-import os
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import (Cache, Edit, InputError, LanguageModel, StepInputs, Stream, propagate, recurrence_chunked, states,
-                    wide)
+from models import (Cache, Edit, InputError, LanguageModel, StepInputs, Stream, at_least_fp32,
+                    propagate, recurrence_chunked, save_then_rename, states)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Matrices as factors
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class Factored(NamedTuple):
-    """A matrix X = Σ_r keys_r values_rᵀ, kept as its factors:
-    r = 1 for a write, K for a whole state, 1 + k for an SAE's residual.
+    """A matrix X = Σ_r keys_r values_rᵀ, kept as its factors: r = 1 for a write, K for a state.
 
     Norms and products of writes never form K x V numbers: they come from products of the factors.
     """
@@ -47,9 +56,14 @@ class Factored(NamedTuple):
         """Some of N matrices: keys [N, r, K] and values [N, r, V] at index (a slice or a tensor)."""
         return Factored(self.keys[index], self.values[index])
 
+    def times(self, a: Tensor) -> Factored:
+        """a X, one coefficient for each matrix: a [...]."""
+        return Factored(self.keys, a[..., None, None] * self.values)
+
     def minus(self, other: Factored) -> Factored:
         """X − Y, by lining up the factors of both."""
-        return Factored(torch.cat([self.keys, other.keys], -2), torch.cat([self.values, -other.values], -2))
+        keys = torch.cat([self.keys, other.keys], -2)
+        return Factored(keys, torch.cat([self.values, -other.values], -2))
 
     def matrix(self) -> Tensor:
         """X itself, [..., K, V]."""
@@ -62,138 +76,248 @@ def write_of(k: Tensor, v: Tensor) -> Factored:
 
 
 def matrix_of(X: Tensor) -> Factored:
-    """Any matrix X [..., K, V] = Σ_c unit_c X_cᵀ -> r = K."""
-    return Factored(torch.eye(X.shape[-2], device=X.device, dtype=X.dtype).expand(*X.shape[:-1], X.shape[-2]), X)
+    """Any matrix X [..., K, V] = Σ_c unit_c X_cᵀ, with its own rows as values -> r = K."""
+    K = X.shape[-2]
+    return Factored(torch.eye(K).to(X).expand(*X.shape[:-2], K, K), X)
 
 
 def inner(X: Factored, Y: Factored) -> Tensor:
-    """⟨X, Y⟩ = Σ_rs (keys_r · keys'_s)(values_r · values'_s), so inner(X, X) = ‖X‖², the squared Frobenius norm.
-    -> [...]"""
+    """⟨X, Y⟩ = Σ_rs (keys_r · keys'_s)(values_r · values'_s) -> [...]; inner(X, X) is ‖X‖²."""
+    K = X.keys.shape[-1]
+    if max(X.keys.shape[-2], Y.keys.shape[-2]) > K:             # then the matrices are the cheaper form
+        return (X.matrix() * Y.matrix()).sum((-2, -1))
     return ((X.keys @ Y.keys.mT) * (X.values @ Y.values.mT)).sum((-2, -1))
 
 
 def cosine(X: Factored, Y: Factored) -> Tensor:
-    """⟨X, Y⟩ / ‖X‖‖Y‖, 0 where one is zero. -> [...]"""
-    return inner(X, Y) / (inner(X, X) * inner(Y, Y)).sqrt().clamp_min(1e-30)
+    """⟨X, Y⟩ / ‖X‖‖Y‖, 0 where one is zero. Its square is the share of Y's energy that X explains."""
+    norms = (inner(X, X) * inner(Y, Y)).sqrt()
+    return inner(X, Y) / norms.clamp_min(1e-30)
 
 
-def main_direction(X: Factored, steps: int = 4) -> tuple[Tensor, Tensor]:
-    """Unit vectors (key, value) near X's leading singular pair, by power iteration; exact for a write.
-    -> [..., K], [..., V]"""
-    value = X.values.sum(-2)
-    for _ in range(steps):
-        key = F.normalize((X.keys * (X.values @ value.unsqueeze(-1))).sum(-2), dim=-1)
-        value = F.normalize((X.values * (X.keys @ key.unsqueeze(-1))).sum(-2), dim=-1)
-    return key, value
+def leading_pair(X: Factored) -> Factored:
+    """The rank-1 matrix nearest to X: its first singular value and vectors. -> r = 1"""
+    if X.keys.shape[-2] == 1:
+        return X
+    U, size, Vh = torch.linalg.svd(X.matrix(), full_matrices=False)
+    return write_of(U[..., 0], size[..., :1] * Vh[..., 0, :])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. The sparse autoencoder
-# ---------------------------------------------------------------------------------------------------------------------
-class WriteSAE(nn.Module):
-    """A sparse autoencoder over K x V matrices X whose atoms are rank-1 matrices of unit norm (the paper's §3):
+# --------------------------------------------------------------------------------------------------
+class Bank(nn.Module):
+    """n matrices, each Σ_r key_r value_rᵀ. Rank K means any matrix: the keys are the K unit vectors,
+    and stay so."""
 
-        A_i = key_dir_i value_dir_iᵀ         a = TopK_k(relu(e_iᵀ X f_i))         X̂ = Σ_i a_i A_i
-
-    encoder "tied": (e_i, f_i) = (key_dir_i, value_dir_i), so a_i = ⟨A_i, X⟩, the atom's own least-squares coefficient.
-    encoder "bilinear": e_i and f_i are weights of their own (the paper's BilinearSAE).
-    There is no bias, so the SAE is homogeneous: twice the input, twice the coefficients.
-
-    Norms and products are ⟨X, Y⟩ = tr(M_k X M_v Yᵀ). The two metrics are identities (Frobenius) unless `set_metric` is
-    given others, such as `read_metric`'s, which weigh a direction of the state by how much the model's predictions heed
-    it.
-
-    On a write X = k vᵀ a score is ⟨e_i, k⟩⟨f_i, v⟩: K + V products instead of K·V. cfg (model, cell, source, metrics,
-    ...) is saved with the weights; `WriteSAE.load(path)` needs nothing else. Raises InputError for an unknown encoder.
-    """
-
-    def __init__(self, n_atoms: int, K: int, V: int, k: int = 1, encoder: str = "tied", **cfg):
+    def __init__(self, n: int, rank: int, K: int, V: int):
         super().__init__()
-        if encoder not in ("tied", "bilinear"):
-            raise InputError(f"encoder {encoder!r}: allowed are tied, bilinear")
-        if not 1 <= k <= n_atoms:
-            raise InputError(f"k = {k} active atoms of {n_atoms}: allowed is 1..{n_atoms}")
-        self.cfg = dict(n_atoms=n_atoms, K=K, V=V, k=k, encoder=encoder, **cfg)
-        self.n_atoms, self.k, self.encoder = n_atoms, k, encoder
-        self.register_buffer("metric_k", torch.eye(K))
-        self.register_buffer("metric_v", torch.eye(V))
-        self.key_dir = nn.Parameter(torch.full((n_atoms, K), K ** -0.5))
-        self.value_dir = nn.Parameter(torch.full((n_atoms, V), V ** -0.5))
-        if encoder == "bilinear":
-            self.enc_key = nn.Parameter(self.key_dir.detach().clone())
-            self.enc_value = nn.Parameter(self.value_dir.detach().clone())
+        fixed = rank >= K
+        keys = torch.eye(K)[None] if fixed else torch.zeros(n, rank, K)
+        self.keys = nn.Parameter(keys, requires_grad=not fixed)          # [n, rank, K] or [1, K, K]
+        self.values = nn.Parameter(torch.zeros(n, keys.shape[1], V))     # [n, rank, V]
+        self.fixed = fixed
+
+    def at(self, index: Tensor) -> Factored:
+        """The matrices at index [...]: keys [..., rank, K], values [..., rank, V]."""
+        if self.fixed:
+            return Factored(self.keys[0].expand(*index.shape, -1, -1), self.values[index])
+        return Factored(self.keys[index], self.values[index])
+
+    def products(self, X: Factored) -> Tensor:
+        """⟨E_i, X⟩ of every X [N, r, ·] with every matrix E_i of the bank -> [N, n].
+
+        For a write and rank 1 it is (key_i · k)(value_i · v): K + V products instead of K·V.
+        """
+        if X.keys.shape[1] == 1 and self.keys.shape[1] == 1:
+            return (X.keys[:, 0] @ self.keys[:, 0].T) * (X.values[:, 0] @ self.values[:, 0].T)
+        matrices = self.keys.mT @ self.values                                          # [n, K, V]
+        return X.matrix().flatten(1) @ matrices.flatten(1).T
 
     @torch.no_grad()
-    def set_metric(self, metric_k: Tensor, metric_v: Tensor):
-        """Measure in these metrics from now on: symmetric positive definite, [K, K] and [V, V].
-        Atoms are normalised anew."""
-        self.metric_k.copy_(metric_k)
-        self.metric_v.copy_(metric_v)
-        self.normalise()
-
-    def unit(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k [..., K] and v [..., V], each brought to unit length in its metric: √(kᵀ M_k k) = 1."""
-        length = lambda x, M: ((x @ M) * x).sum(-1, keepdim=True).clamp_min(1e-30).sqrt()
-        return k / length(k, self.metric_k), v / length(v, self.metric_v)
-
-    def measured(self, X: Factored) -> Factored:
-        """M_k X M_v, so that inner(X, measured(Y)) is ⟨X, Y⟩ in the metrics."""
-        return Factored(X.keys @ self.metric_k, X.values @ self.metric_v)
-
-    @torch.no_grad()
-    def place(self, which: Tensor, X: Factored):
-        """Put the atoms `which` (indices) at the main directions of the matrices X, one each, unit norm,
-        encoder included."""
-        self.key_dir[which], self.value_dir[which] = self.unit(*main_direction(X))
-        if self.encoder == "bilinear":   # k atoms that overlap would sum up to k times X: let each start with its share
-            self.enc_key[which], self.enc_value[which] = self.key_dir[which] / self.k, self.value_dir[which]
+    def turn(self, to_k: Tensor, to_v: Tensor):
+        """Turn every matrix E into to_kᵀ E to_v, in place."""
+        if self.fixed:
+            self.values.copy_(to_k.T @ self.values @ to_v)
+        else:
+            self.keys.copy_(self.keys @ to_k)
+            self.values.copy_(self.values @ to_v)
 
     @torch.no_grad()
     def normalise(self):
-        """Bring every atom back to unit norm."""
-        key_dir, value_dir = self.unit(self.key_dir, self.value_dir)
-        self.key_dir.copy_(key_dir)
-        self.value_dir.copy_(value_dir)
+        """Bring every matrix to unit norm."""
+        all_of_them = self.at(torch.arange(len(self.values), device=self.values.device))
+        norm = inner(all_of_them, all_of_them).sqrt().clamp_min(1e-30)
+        self.values /= norm[:, None, None]
 
-    def scores(self, X: Factored) -> Tensor:
-        """⟨e_i f_iᵀ, X⟩ for every atom: for a write ⟨e_i, k⟩⟨f_i, v⟩; with many factors X itself is the cheaper form.
-        -> [..., n_atoms]"""
-        e, f = (self.key_dir, self.value_dir) if self.encoder == "tied" else (self.enc_key, self.enc_value)
-        X = self.measured(X)
-        if X.keys.shape[-2] == 1:
-            return ((X.keys @ e.T) * (X.values @ f.T)).squeeze(-2)
-        return X.matrix().flatten(-2) @ (e.unsqueeze(-1) * f.unsqueeze(-2)).flatten(-2).T
+    @torch.no_grad()
+    def put(self, which: Tensor, X: Factored):
+        """Put the matrices X, one each, at the indices `which`: all of X where the rank allows it,
+        else its leading pair, beside which a second factor starts as a tenth of its neighbour's."""
+        if self.fixed:
+            self.values[which] = X.matrix()
+            return
+        first = leading_pair(X)
+        length = first.values.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        ratio = (first.keys.norm(dim=-1, keepdim=True) / length).clamp_min(1e-30).sqrt()
+        self.keys[which] = (first.keys / ratio).expand(-1, self.keys.shape[1], -1)     # sides of
+        self.values[which] = (first.values * ratio).expand(-1, self.keys.shape[1], -1)  # equal length
+        if self.keys.shape[1] == 2:
+            self.keys[which, 1] = self.keys[which, 0].roll(1, 0)
+            self.values[which, 1] = 0.1 * self.values[which, 0].roll(1, 0)
+
+
+ENCODERS = {"tied": None, "bilinear": 1, "dense": "any"}       # rank of the encoder's matrices
+DECODERS = {"rank1": 1, "rank2": 2, "flat": "any"}             # rank of the atoms
+SPARSITIES = ("topk", "batchtopk", "jumprelu", "pursuit")
+
+
+class WriteSAE(nn.Module):
+    """A sparse autoencoder over K x V matrices X, each coded at unit norm (the paper's §3):
+
+        a_i = sparse(relu ⟨E_i, X⟩)        X̂ = Σ_i a_i A_i        ‖A_i‖ = 1
+
+        encoder    E_i    tied: A_i itself, so that a_i is the atom's least-squares coefficient
+                          bilinear: e_i f_iᵀ, so a_i = e_iᵀ X f_i        dense: any matrix
+        decoder    A_i    rank1: key_i value_iᵀ    rank2: a sum of two such    flat: any matrix
+        sparsity          topk: the `active` largest of each input
+                          batchtopk: the N·active largest of N inputs; in use, all above a threshold
+                          that is kept from training, so that no input depends on its neighbours
+                          jumprelu: all above a threshold of the atom's own, which is learned
+                          pursuit: `active` atoms one after the other, each the largest of what the
+                          ones before left (matching pursuit; tied, to code with, not to train)
+
+    The paper's five SAEs are settings: FlatSAE dense/flat, MatrixSAE dense/rank1, BilinearSAE
+    bilinear/rank1, tied/rank1 and bilinear/flat. No bias: twice the input, twice the coefficients.
+
+    Coordinates. An SAE may measure distance otherwise than by the Frobenius norm: `see` turns keys by
+    to_k and values by to_v, and all coding and training happens there (`read_metric` says why).
+    `encode` takes and `decode` gives matrices in the model's own coordinates.
+
+    cfg travels with the weights: the settings above, and what the caller adds (model, cell, source).
+    Raises InputError for an unknown setting or an impossible number of active atoms.
+    """
+
+    def __init__(self, n_atoms: int, K: int, V: int, active: int = 1, encoder: str = "tied",
+                 decoder: str = "rank1", sparsity: str = "topk", centred: bool = False, **cfg):
+        super().__init__()
+        if encoder not in ENCODERS or decoder not in DECODERS or sparsity not in SPARSITIES:
+            raise InputError(
+                f"SAE {encoder}/{decoder}/{sparsity}: allowed are {', '.join(ENCODERS)} / "
+                f"{', '.join(DECODERS)} / {', '.join(SPARSITIES)}")
+        if not 1 <= active <= n_atoms:
+            raise InputError(f"{active} active atoms of {n_atoms}: allowed are 1 to {n_atoms}")
+        self.cfg = dict(n_atoms=n_atoms, K=K, V=V, active=active, encoder=encoder,
+                        decoder=decoder, sparsity=sparsity, centred=centred, **cfg)
+        self.n_atoms, self.active, self.sparsity = n_atoms, active, sparsity
+        # simplification: batchtopk and jumprelu give an input at most four times `active` atoms
+        self.most = active if sparsity in ("topk", "pursuit") else min(n_atoms, 4 * active)
+        rank = {"any": K, **{r: min(r, K) for r in (1, 2)}}
+        self.atoms = Bank(n_atoms, rank[DECODERS[decoder]], K, V)
+        self.readers = self.atoms
+        if encoder != "tied":
+            self.readers = Bank(n_atoms, rank[ENCODERS[encoder]], K, V)
+        self.register_buffer("to_k", torch.eye(K))
+        self.register_buffer("to_v", torch.eye(V))
+        self.register_buffer("mean", torch.zeros(K, V) if centred else None)
+        learned = sparsity == "jumprelu"
+        self.threshold = None
+        if sparsity in ("batchtopk", "jumprelu"):
+            self.threshold = nn.Parameter(torch.zeros(n_atoms), requires_grad=learned)
+
+    def see(self, X: Factored) -> Factored:
+        """From the model's coordinates into the SAE's (and centred, if it is so set)."""
+        X = Factored(X.keys @ self.to_k, X.values @ self.to_v)
+        return X if self.mean is None else X.minus(matrix_of(self.mean.expand(len(X.keys), -1, -1)))
+
+    def unsee(self, X: Factored) -> Factored:
+        """And back (the mean is not added: atoms are differences)."""
+        return Factored(X.keys @ self.to_k.inverse(), X.values @ self.to_v.inverse())
+
+    def select(self, scores: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
+        """The sparsity rule: scores ⟨E_i, X⟩ of unit inputs [N, n_atoms] -> index and a, [N, most],
+        largest first; a is 0 where an atom is not active."""
+        a, index = scores.relu().topk(self.most)
+        if self.sparsity == "batchtopk":
+            cut = self.threshold[index]
+            if training:
+                cut = a.detach().flatten().topk(self.active * len(a)).values[-1]
+                self.threshold.data.lerp_(cut.expand(self.n_atoms), 0.01)
+            a = a * (a >= cut)
+        elif self.sparsity == "jumprelu":
+            a = a * Step.apply(a, self.threshold[index])
+            a, order = a.sort(descending=True)               # thresholds differ: the largest may fail
+            index = index.gather(1, order)
+        return index, a
+
+    def assemble(self, index: Tensor, a: Tensor) -> Factored:
+        """Σ a_i A_i in the SAE's coordinates: index, a [N, m] -> factors of rank m · rank."""
+        A = self.atoms.at(index).times(a)                                     # [N, m, rank, ·]
+        return Factored(A.keys.flatten(1, 2), A.values.flatten(1, 2))
 
     def encode(self, X: Factored) -> tuple[Tensor, Tensor]:
-        """The active atoms, largest coefficient first: index [..., k], a [..., k] ≥ 0.
-        The first one is the *dominant* atom."""
-        a, index = self.scores(X).topk(self.k)
-        return index, a.relu()
+        """The active atoms of each X [N, r, ·], largest coefficient first: index, a [N, most].
+
+        a ≥ 0, in X's units; 0 where an atom is not active. The first is the *dominant* atom.
+        """
+        X = self.see(X)
+        if self.sparsity == "pursuit":
+            return self.pursue(X)
+        norm = inner(X, X).sqrt()
+        index, a = self.select(self.readers.products(X.times(1 / norm.clamp_min(1e-30))))
+        return index, a * norm[:, None]
+
+    def pursue(self, X: Factored) -> tuple[Tensor, Tensor]:
+        """Matching pursuit in the SAE's coordinates: index, a [N, active]; a falls from left to right."""
+        chosen = []
+        for _ in range(self.active):
+            a, index = self.readers.products(X).relu().topk(1)
+            chosen.append((index, a))
+            X = matrix_of(X.minus(self.assemble(index, a)).matrix())
+        index, a = zip(*chosen)
+        return torch.cat(index, 1), torch.cat(a, 1)
 
     def decode(self, index: Tensor, a: Tensor) -> Factored:
-        """X̂ = Σ a_i A_i over the active atoms: index, a [..., k] -> r = k."""
-        return Factored(self.key_dir[index], a.unsqueeze(-1) * self.value_dir[index])
+        """X̂ = Σ a_i A_i: index, a [N, m] -> N matrices as factors."""
+        return self.unsee(self.assemble(index, a))
 
-    def residual(self, X: Factored, index: Tensor, a: Tensor) -> Factored:
-        """X − X̂ -> r + k factors. Its `energy` is the loss: ‖X‖² − 2 Σ a_i ⟨A_i, X⟩ + Σ_ij a_i a_j ⟨A_i, A_j⟩."""
-        return X.minus(self.decode(index, a))
-
-    def energy(self, X: Factored) -> Tensor:
-        """‖X‖² in the metrics. -> [...]"""
-        return inner(X, self.measured(X))
-
-    def forward(self, X: Factored) -> tuple[Factored, Tensor, Tensor]:
-        """The residual X − X̂, and the active atoms with their coefficients."""
+    def dominant(self, X: Factored) -> tuple[Tensor, Tensor, Factored]:
+        """Each X's dominant atom, its coefficient, and a A: [N], [N], N matrices. Of a flat atom
+        only the leading singular pair can be written by a head, and stands in for it (Table 6)."""
         index, a = self.encode(X)
-        return self.residual(X, index, a), index, a
+        A = self.decode(index[:, :1], a[:, :1])
+        return index[:, 0], a[:, 0], leading_pair(A) if self.atoms.fixed else A
+
+    @torch.no_grad()
+    def start(self, which: Tensor, X: Factored):
+        """Put the atoms `which` at the matrices X (in the SAE's coordinates), unit norm, their
+        readers with them."""
+        self.atoms.put(which, X)
+        self.atoms.normalise()
+        if self.readers is not self.atoms:
+            # active atoms that overlap would sum up to too much: each reader starts with its share
+            A = self.atoms.at(which)
+            self.readers.put(which, A.times(torch.full_like(A.values[:, 0, 0], 1 / self.active)))
 
     def save(self, path: str):
-        """Directions (fp16: three digits), metrics and cfg, in one safetensors file."""
+        """Atoms and readers in the model's coordinates (fp16: three digits), and cfg, in one file."""
         from safetensors.torch import save_file
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
-        save_file({name: x if name.startswith("metric") else x.half() for name, x in tensors.items()}, path + ".part",
-                  metadata={"cfg": json.dumps(self.cfg)})
-        os.replace(path + ".part", path)
+        tensors = {"to_k": self.to_k, "to_v": self.to_v}
+        tensors |= {name: x for name, x in [("mean", self.mean), ("threshold", self.threshold)]
+                    if x is not None}
+        banks = {"atoms": self.atoms} | ({} if self.readers is self.atoms else {"readers": self.readers})
+        for name, bank in banks.items():
+            copy = Bank(self.n_atoms, bank.keys.shape[1], *self.cfg_size())
+            copy.load_state_dict(bank.state_dict())
+            copy.turn(self.to_k.cpu().inverse(), self.to_v.cpu().inverse())
+            tensors |= {f"{name}.keys": copy.keys.half(), f"{name}.values": copy.values.half()}
+        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        save_then_rename(lambda file: save_file(tensors, file, metadata={"cfg": json.dumps(self.cfg)}),
+                         path)
+
+    def cfg_size(self) -> tuple[int, int]:
+        """K and V."""
+        return self.cfg["K"], self.cfg["V"]
 
     @classmethod
     def load(cls, path: str) -> WriteSAE:
@@ -201,356 +325,449 @@ class WriteSAE(nn.Module):
         from safetensors import SafetensorError, safe_open
         try:
             with safe_open(path, "pt") as f:
-                sae = cls(**json.loads(f.metadata()["cfg"]))
-                sae.load_state_dict({name: f.get_tensor(name).float() for name in f.keys()})
-        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
-            raise InputError(f"{path} holds no WriteSAE ({error}); train one: python run.py train --help") from None
-        sae.normalise()
+                tensors = {name: f.get_tensor(name).float() for name in f.keys()}
+                with torch.device("meta"):                    # no memory before the shapes are known to fit
+                    sae = cls(**json.loads(f.metadata()["cfg"]))
+            if sae.readers is sae.atoms:
+                tensors |= {"readers." + name: tensors["atoms." + name] for name in ("keys", "values")}
+            sae.load_state_dict(tensors, assign=True)
+            if not all(x.isfinite().all() for x in tensors.values()):
+                raise ValueError("NaN or Inf in it")
+            for bank in {sae.atoms, sae.readers}:
+                bank.turn(sae.to_k, sae.to_v)
+            sae.atoms.normalise()
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path} holds no WriteSAE ({str(error).splitlines()[0][:120]}); "
+                             "train one: python run.py train --help") from None
         return sae.requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+class Step(torch.autograd.Function):
+    """1 where a > threshold, else 0; the threshold learns from inputs within width/2 of it: the
+    straight-through estimator of JumpReLU SAEs (arXiv 2407.14435), whose a · Step has both
+    gradients that it needs."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, threshold: Tensor, width: float = 0.05):
+        """a, threshold [...] -> [...]"""
+        ctx.save_for_backward(a, threshold)
+        ctx.width = width
+        return (a > threshold).to(a.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """To the threshold −1/width where |a − threshold| < width/2; to a nothing."""
+        a, threshold = ctx.saved_tensors
+        near = ((a - threshold).abs() < ctx.width / 2).to(a.dtype)
+        return None, -grad * near / ctx.width, None
+
+
+# --------------------------------------------------------------------------------------------------
 # 3. Training
-# ---------------------------------------------------------------------------------------------------------------------
-def best_atom(sae: WriteSAE, X: Factored, rows: int = 128) -> tuple[Tensor, Tensor]:
-    """Each input's largest score and the atom that has it, [N] and [N], computed a block of rows at a time."""
-    blocks = [sae.scores(X.rows(slice(i, i + rows))).max(-1) for i in range(0, len(X.keys), rows)]
-    return torch.cat([b.values for b in blocks]), torch.cat([b.indices for b in blocks])
+# --------------------------------------------------------------------------------------------------
+@torch.inference_mode()
+def collect(model: LanguageModel, tokens: Tensor, layer: int, heads: list[int], source: str = "write",
+            every: int = 16, skip: int = 0, progress=iter) -> list[Factored]:
+    """What heads of one layer write over a text, to train on: one Factored of N matrices per head.
+
+    tokens [n, T]; every write after the first `skip` tokens of each row, or with source "state" every
+    16th state (neighbours are nearly the same). One pass up to the layer and no further serves all heads; it keeps 4 (K + V) bytes per
+    write, 4 K V per state.
+    """
+    keys, values = [], []                                              # per batch [B, T, H, r, ·]
+    for batch in progress(tokens.split(16)):
+        stream, _ = model.run(model.embed(batch), last=layer)
+        s = model.step_inputs(stream, layer).heads(heads)
+        if source == "write":
+            X = write_of(s.k[:, skip:], s.v[:, skip:])
+        else:
+            X = matrix_of(states(s)[:, every - 1::every])
+        keys.append(X.keys.flatten(0, 1))
+        values.append(X.values.flatten(0, 1))
+    keys, values = torch.cat(keys), torch.cat(values)
+    # `clone`: training needs gradients, which tensors made in inference mode refuse
+    return [Factored(keys[:, h].clone(), values[:, h].clone()) for h in range(len(heads))]
+
+
+def read_metric(model: LanguageModel, tokens: Tensor, layer: int, head: int, positions,
+                generator: torch.Generator, ridge: float = 0.1, progress=iter):
+    """How much the next eleven predictions heed each direction of a head's state: M_k, M_v.
+
+    To second order the effect of a small change δS of the state is a quadratic form in it,
+
+        effect = ½ ⟨δS, F δS⟩,   F = E[G Gᵀ] over vec(G),   G = ∂/∂S_t Σ_h log p(drawn token at t+h)
+
+    F is the Fisher information; tokens are drawn from the model's own predictions (drawn
+    independently at each step, so that products between steps vanish). It is approximated by a
+    Kronecker product of its two sides, M_k ∝ E[G Gᵀ] and M_v ∝ E[Gᵀ G] (Shampoo's form), each
+    scaled to mean eigenvalue 1 and mixed with `ridge` of the identity.
+
+    With M = L Lᵀ that norm is the Frobenius norm of L_kᵀ X L_v: turn keys by L_k and values by L_v,
+    and nothing else in coding or training knows of a metric (`set_metric`).
+
+    G comes from one backward pass: K edits at t with the unit keys and zero values, whose gradients
+    are the rows of G. Returns [K, K] and [V, V], symmetric positive definite.
+    """
+    mixer = model.layers[layer].mixer
+    K, V, device = mixer.K, mixer.V, tokens.device
+    M_k, M_v = torch.zeros(K, K, device=device), torch.zeros(V, V, device=device)
+    for p in points(model, tokens, layer, head, positions, K, progress):
+        P = len(p.passage)
+        rows = torch.zeros(P, K, V, device=device, requires_grad=True)        # the edits' values
+        unit_keys = torch.eye(K, device=device).expand(P, K, K)
+        with torch.enable_grad():
+            logp = p.branch(Factored(unit_keys, rows))                                # [P, 11, vocab]
+            chances = logp.detach().exp().flatten(0, 1).cpu()
+            drawn = torch.multinomial(chances, 1, generator=generator).to(device)
+            score = logp.gather(-1, drawn.view(P, HORIZONS, 1)).sum()
+            G, = torch.autograd.grad(score, rows)                                         # [P, K, V]
+        M_k += torch.einsum("pkv,plv->kl", G, G)
+        M_v += torch.einsum("pkv,pkw->vw", G, G)
+
+    def mixed(M: Tensor) -> Tensor:
+        return M / M.diagonal().mean() + ridge * torch.eye(len(M), device=device)
+
+    return mixed(M_k), mixed(M_v)
+
+
+@torch.no_grad()
+def set_metric(sae: WriteSAE, M_k: Tensor, M_v: Tensor):
+    """From now on sae measures ⟨X, Y⟩ = tr(M_k X M_v Yᵀ). M_k [K, K], M_v [V, V]; before training."""
+    sae.to_k.copy_(torch.linalg.cholesky(M_k))
+    sae.to_v.copy_(torch.linalg.cholesky(M_v))
+
+
+def untrained(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Generator) -> WriteSAE:
+    """The null of every dictionary: as many atoms, each a write drawn at random, no training.
+
+    Same size and metric as sae; tied, one factor, the same number active. k [N, K], v [N, V]: writes
+    of the training text. What sae does better than this one is what learning added.
+    """
+    settings = sae.cfg | dict(encoder="tied", decoder="rank1", sparsity="topk", centred=False)
+    null = WriteSAE(**settings).to(k.device)
+    set_metric(null, sae.to_k @ sae.to_k.T, sae.to_v @ sae.to_v.T)
+    drawn = torch.randint(len(k), (sae.n_atoms,), generator=generator).to(k.device)
+    null.start(torch.arange(sae.n_atoms), null.see(write_of(k[drawn], v[drawn])))
+    return null.requires_grad_(False)
+
+
+def best_atom(keys: Tensor, values: Tensor, x: Tensor, y: Tensor, rows: int = 128):
+    """For writes x [N, K], y [N, V] the largest a = (key · x)(value · y) and its atom: [N], [N].
+    A block of rows at a time stays in the processor's cache."""
+    a, atom = [], []
+    for x_block, y_block in zip(x.split(rows), y.split(rows)):
+        best = ((x_block @ keys.T) * (y_block @ values.T)).max(-1)
+        a.append(best.values)
+        atom.append(best.indices)
+    return torch.cat(a), torch.cat(atom)
 
 
 @torch.no_grad()
 def fit_alternating(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Generator, steps: int = 24,
                     sample: int = 100_000, memory: float = 0.75, progress=iter) -> list[float]:
-    """Code each write by one atom, with closed-form updates: k-means whose centres are rank-1 directions.
+    """Code each write by one atom, with closed-form updates: k-means whose centres are rank-1.
 
-    With one active atom, tied, the SAE's loss on a unit-norm write is ‖X − aA‖² = 1 − a².
-    So each step draws `sample` writes and
-        1. assigns each to the atom with the largest a = ⟨key_dir, k⟩⟨value_dir, v⟩ (products in the SAE's metrics);
-        2. turns key_dir to Σ a ⟨value_dir, v⟩ k over the atom's writes, then value_dir to Σ a ⟨key_dir, k⟩ v: one
-           round of power iteration, each side in closed form with the other held. The sums keep `memory` of what they
-           held before, so that an atom rests on more writes than one step's;
+    With one active atom, tied, the loss on a unit write is ‖X − aA‖² = 1 − a². Each step draws
+    `sample` writes and
+        1. gives each to the atom with the largest a = (key · x)(value · y);
+        2. turns the atom's key to Σ a (value · y) x over its writes, then its value to
+           Σ a (key · x) y: one round of power iteration, each side in closed form;
         3. restarts atoms without a write at the writes that are coded worst.
-    The family is known as gain-shape vector quantisation, and as sum-of-outer-products dictionary learning.
+    Sums keep `memory` of what they held, so that an atom rests on more than one step's writes. The
+    family: gain-shape vector quantisation, sum-of-outer-products dictionary learning.
 
-    k [N, K], v [N, V]. Trains sae (tied encoder) in place; returns the share of energy explained, mean a², of every
-    step.
+    k [N, K], v [N, V]: writes in the model's coordinates. Trains sae (tied/rank1/topk, one active)
+    in place; returns the share of energy explained, mean a², of every step.
     """
-    draw = lambda n: torch.randint(len(k), (n,), generator=generator).to(k.device)
-    first = draw(sae.n_atoms)
-    sae.place(torch.arange(sae.n_atoms), write_of(k[first], v[first]))
-    key_sum, value_sum, count = (torch.zeros_like(sae.key_dir), torch.zeros_like(sae.value_dir),
-                                 torch.zeros_like(sae.key_dir[:, :1]))
+    X = sae.see(write_of(k, v))
+    k, v = F.normalize(X.keys[:, 0], dim=-1), F.normalize(X.values[:, 0], dim=-1)
+
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        pick = torch.randint(len(k), (n,), generator=generator).to(k.device)
+        return k[pick], v[pick]
+
+    keys, values = sae.atoms.keys.data[:, 0], sae.atoms.values.data[:, 0]    # views: [n, K], [n, V]
+    keys[:], values[:] = draw(sae.n_atoms)
+    key_sum, value_sum = torch.zeros_like(keys), torch.zeros_like(values)
+    count = torch.zeros(sae.n_atoms, device=k.device)        # how many recent writes each sum holds
     history = []
     for _ in progress(range(steps)):
-        pick = draw(sample)
-        x, y = sae.unit(k[pick], v[pick])
-        a, atom = best_atom(sae, write_of(x, y))
-        gather = lambda total, rows: total.mul_(memory).index_add_(0, atom, rows)
-        used = gather(count, torch.ones_like(a[:, None])).squeeze(-1) > 0.5
-        weight = a * ((y @ sae.metric_v) * sae.value_dir[atom]).sum(-1)
-        sae.key_dir[used] = gather(key_sum, weight[:, None] * x)[used]
-        sae.normalise()
-        weight = a * ((x @ sae.metric_k) * sae.key_dir[atom]).sum(-1)
-        sae.value_dir[used] = gather(value_sum, weight[:, None] * y)[used]
-        sae.normalise()
-        unused = (~used).nonzero().squeeze(-1)
+        x, y = draw(sample)
+        a, atom = best_atom(keys, values, x, y)                                             # 1.
+        for total in (key_sum, value_sum, count):
+            total *= memory
+        count.index_add_(0, atom, torch.ones_like(a))
+        used = count > 0.5
+        weight = a * (values[atom] * y).sum(-1)                                             # 2.
+        key_sum.index_add_(0, atom, weight[:, None] * x)
+        keys[used] = F.normalize(key_sum[used], dim=-1)
+        weight = a * (keys[atom] * x).sum(-1)
+        value_sum.index_add_(0, atom, weight[:, None] * y)
+        values[used] = F.normalize(value_sum[used], dim=-1)
+        unused = (~used).nonzero()[:, 0]                                                    # 3.
         worst = a.argsort()[:len(unused)]
-        sae.place(unused, write_of(x[worst], y[worst]))
+        keys[unused], values[unused] = x[worst], y[worst]
         for total in (key_sum, value_sum, count):
             total[unused] = 0
         history.append(a.square().mean().item())
     return history
 
 
-def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: int = 2000, batch: int = 1024,
-                 lr: float = 1e-3, dead_after: int = 100_000, k_aux: int = 64, progress=iter) -> list[float]:
-    """Adam on the reconstruction error ‖X − X̂‖² / mean ‖X‖², for any k, encoder and source.
+def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: int = 2000,
+                 batch: int = 1024, lr: float = 1e-3, k_aux: int = 64, dead_after: int = 100_000,
+                 resample_every: int = 400, progress=iter) -> list[float]:
+    """Adam on the reconstruction error ‖X − X̂‖² of unit inputs, for every setting and source.
 
-    An atom is dead once `dead_after` samples passed without it. Dead atoms get the auxiliary loss of arXiv 2406.04093:
-    the k_aux best of them explain the residual, at 1/32 of the weight; four times in a run the dead restart at badly
-    coded inputs.
-    X: N matrices as factors. Trains sae in place; returns the unexplained share of energy (FVU without a mean) per
-    step.
+    The error is E = ‖X‖² − 2 Σ a_i ⟨A_i, X⟩ + Σ_ij a_i a_j ⟨A_i, A_j⟩, from the factors' products.
+    An atom is dead once `dead_after` samples passed without it. The k_aux best of the dead explain
+    what is left, as in arXiv 2406.04093 (residual detached, weight 1/32), and every `resample_every`
+    steps but the last the dead restart at the inputs coded worst, with Adam's memory of them cleared.
+    JumpReLU adds (L0/active − 1)²/10 to hold the number of active atoms.
+
+    X: N matrices in the model's coordinates. Trains sae in place; returns the unexplained share of
+    energy of every step.
     """
-    draw = lambda n: X.rows(torch.randint(len(X.keys), (n,), generator=generator).to(X.keys.device))
-    sae.place(torch.arange(sae.n_atoms), draw(sae.n_atoms))
-    sae.requires_grad_(True)
-    optimiser = torch.optim.Adam(sae.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: min(1, (i + 1) / 50) * (0.1 + 0.9 * (1 - i / steps)))
-    silent = torch.zeros(sae.n_atoms, device=X.keys.device)
+    X = sae.see(X)
+    X = X.times(1 / inner(X, X).sqrt().clamp_min(1e-30))
+
+    def draw(n: int) -> Factored:
+        return X.rows(torch.randint(len(X.keys), (n,), generator=generator).to(X.keys.device))
+
+    sae.start(torch.arange(sae.n_atoms), draw(sae.n_atoms))
+    if sae.threshold is not None:                # such that `active` atoms pass it on the average
+        scores = sae.readers.products(draw(batch)).relu()
+        sae.threshold.data.fill_(scores.flatten().topk(sae.active * batch).values[-1].item())
+    parameters = [p for p in sae.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(parameters, lr)
+    silent = torch.zeros(sae.n_atoms, device=X.keys.device)           # samples since an atom was active
     history = []
     for step in progress(range(steps)):
+        for group in optimiser.param_groups:                 # warm-up, then a cosine to a tenth
+            group["lr"] = lr * min(1, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
         x = draw(batch)
-        energy = sae.energy(x).mean()
-        R, index, a = sae(x)
-        loss = fvu = sae.energy(R).mean() / energy
+        index, a = sae.select(sae.readers.products(x), training=True)
+        R = x.minus(sae.assemble(index, a))
+        error = inner(R, R)                                                                  # [batch]
+        loss = error.mean()
         silent += batch
         silent[index[a > 0]] = 0
-        dead = (silent > dead_after).nonzero().squeeze(-1)
+        dead = (silent > dead_after).nonzero()[:, 0]
         if len(dead):
-            score, best = sae.scores(R)[:, dead].topk(min(k_aux, len(dead)))
-            R2 = sae.residual(R, dead[best], score.relu())
-            loss = loss + sae.energy(R2).mean() / energy / 32
+            loss = loss + auxiliary_loss(sae, R, dead, k_aux) / 32
+        if sae.sparsity == "jumprelu":
+            active = Step.apply(a.detach(), sae.threshold[index]).sum(-1).mean()
+            loss = loss + 0.1 * (active / sae.active - 1).square()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        schedule.step()
-        sae.normalise()
-        if len(dead) and (step + 1) % max(1, steps // 5) == 0 and step + 1 < steps:
-            R = Factored(*(side.detach() for side in R))
-            worst = sae.energy(R).argsort(descending=True)[:len(dead)]
-            sae.place(dead[:len(worst)], R.rows(worst))
-            silent[dead[:len(worst)]] = 0
-        history.append(fvu.item())
-    sae.requires_grad_(False)
+        sae.atoms.normalise()
+        if len(dead) and (step + 1) % resample_every == 0 and step + resample_every < steps:
+            worst = error.argsort(descending=True)[:len(dead)]
+            restarted = dead[:len(worst)]
+            sae.start(restarted, R.rows(worst))
+            silent[restarted] = 0
+            forget(optimiser, restarted, sae.n_atoms)
+        history.append(error.mean().item())
     return history
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. The replacement test
-# ---------------------------------------------------------------------------------------------------------------------
-HORIZONS = 11     # effects are read at the write's own step and ten after it
-# what stands in the state where the native write stood
-CONDITIONS = ("atom", "delete", "random", "projected", "native")
+def auxiliary_loss(sae: WriteSAE, R: Factored, dead: Tensor, k_aux: int) -> Tensor:
+    """The share of the residual's energy that the k_aux best of the dead atoms leave unexplained."""
+    R = Factored(R.keys.detach(), R.values.detach())
+    scores, best = sae.readers.products(R)[:, dead].relu().topk(min(k_aux, len(dead)))
+    left = R.minus(sae.assemble(dead[best], scores))
+    return inner(left, left).mean() / inner(R, R).mean()
 
 
-def native_write(s: StepInputs, definition: str = "value", state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The two factors of what each token writes: k [B, T, H, K] and v [B, T, H, V].
-    state: before s's first token, None for zeros.
-
-    "value": k vᵀ as in the recurrence (in Gated DeltaNet β k vᵀ).
-    "delta": all that the token adds to the decayed state,
-        k vᵀ − erase_out (S_{t-1}ᵀ erase_in)ᵀ
-    which is rank 1 where erase_out is a multiple of k: in Gated DeltaNet (k times β(v − α S_{t-1}ᵀ k)), and trivially
-    in Mamba-2.
-    Raises InputError for "delta" in RWKV-7, where it has rank 2.
-    """
-    if definition not in ("value", "delta"):
-        raise InputError(f"write {definition!r}: allowed are value, delta")
-    if definition == "value" or s.erase_in is None:
-        return s.k, s.v
-    multiple = (s.erase_out * s.k).sum(-1, keepdim=True) / s.k.square().sum(-1, keepdim=True)
-    if not torch.allclose(multiple * s.k, s.erase_out, atol=1e-4):
-        raise InputError("write delta: this model erases along another direction than it writes (RWKV-7), "
-                         "so the change has rank 2; take --write value")
-    ahead = F.pad(s.erase_in[:, 1:], (0, 0, 0, 0, 0, 1))            # what token t+1 looks up, read at the end of step t
-    found, _ = recurrence_chunked(s._replace(q=ahead), state)
-    before = (torch.zeros_like(found[:, :1]) if state is None else
-              torch.einsum("bhkv,bhk->bhv", state, s.erase_in[:, 0])[:, None])
-    return s.k, s.v - multiple * torch.cat([before, found[:, :-1]], 1)
+def forget(optimiser: torch.optim.Adam, atoms: Tensor, n_atoms: int):
+    """Clear Adam's running means of these atoms' parameters."""
+    for parameter, memory in optimiser.state.items():
+        if len(parameter) == n_atoms:
+            memory["exp_avg"][atoms] = 0
+            memory["exp_avg_sq"][atoms] = 0
 
 
-@torch.inference_mode()
-def collect(model: LanguageModel, tokens: Tensor, layer: int, head: int, write: str = "value", source: str = "write",
-            progress=iter, every: int = 16) -> Factored:
-    """What a head writes over a text, to train on: all its native writes,
-    or with source "state" every 16th of its states.
+# --------------------------------------------------------------------------------------------------
+# 4. The engine: a native run, a change of one head's state, and what the predictions say then
+# --------------------------------------------------------------------------------------------------
+HORIZONS = 11                    # effects are read at the write's own step and the ten after it
+BATCH_BYTES = 24_000_000         # of log-probabilities per branch: what a batch of passages may take
 
-    tokens [n, T], run in batches of 16 up to the layer and no further. Returns N matrices as factors.
-    """
-    parts = []
-    for batch in progress(tokens.split(16)):
-        stream, _ = model.run(model.embed(batch), last=layer)
-        s = model.step_inputs(stream, layer).slice(slice(None), slice(head, head + 1))
-        if source == "write":
-            k, v = native_write(s, write)
-            parts.append(write_of(k.flatten(0, 2), v.flatten(0, 2)))
-        else:
-            parts.append(matrix_of(states(s)[:, every - 1::every].flatten(0, 2)))      # neighbours are nearly the same
-    return Factored(*(torch.cat(side).clone() for side in zip(*parts)))
+Table = dict[str, Tensor]        # named columns, one row per tested position
+
+
+def stack(parts: list[Table]) -> Table:
+    """Tables with the same columns under one another, on the CPU."""
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 
 class Point(NamedTuple):
-    """Where branches start: one position t of every passage of a batch, the window t..t+10, and what came before."""
+    """Where branches start: position t of P passages, and the native run over t..t+10."""
+    model: LanguageModel
+    layer: int
+    head: int
     t: int
-    stream: Stream          # at the edited layer's input, over the window
-    cache: Cache            # native, up to the token before t; only the layers from the edited one up are filled
-    s: StepInputs           # the six tensors of the edited head, H = 1, over the window
-    state: Tensor           # [P, 1, K, V] of that head before t
-    logits: Tensor          # [P, 11, vocab] native, from the whole passage in one pass
+    passage: Tensor         # [P] which passages of the text these are
+    stream: Stream          # at the edited layer's input, t..t+10
+    cache: Cache            # of the tokens before t; only the layers from the edited one up are filled
+    s: StepInputs           # the six tensors of the edited head, H = 1, t..t+10
+    logp: Tensor            # [P, 11, vocab] native log-probabilities
 
-    def write(self, definition: str) -> Factored:
-        """The native write at t (`native_write`), P of them."""
-        return write_of(*(x[:, 0, 0] for x in native_write(self.s.slice(slice(0, 1)), definition, self.state)))
+    def write(self) -> Factored:
+        """What the head writes at t: k vᵀ of every passage."""
+        return write_of(self.s.k[:, 0, 0], self.s.v[:, 0, 0])
 
-    def states(self) -> Tensor:
-        """The head's native states after t..t+10, [P, 11, K, V]."""
-        return states(self.s, self.state)[:, :, 0]
+    def state(self) -> Factored:
+        """The head's state after t, of every passage."""
+        before = self.cache.layers[self.layer]["state"][:, self.head, None]           # [P, 1, K, V]
+        return matrix_of(states(self.s.times(0, 1), before)[:, 0, 0])
 
-    def state_difference(self, change: Factored) -> Tensor:
-        """‖δS_s‖ / ‖S_s‖ at s = t..t+10 if `change` is added to S_t: δS_s = A_s ... A_{t+1} δS_t. [P, 11]"""
-        moved = [change.matrix()[:, None, None]]
-        if self.s.q.shape[1] > 1:
-            later = self.s.slice(slice(1, None))
-            moved.append(states(later._replace(k=torch.zeros_like(later.k)), moved[0][:, 0]))
-        return torch.cat(moved, 1)[:, :, 0].norm(dim=(-2, -1)) / self.states().norm(dim=(-2, -1))
+    def logits(self, change: Factored, row: Tensor | None = None) -> Tensor:
+        """Logits at t..t+10 if change_i is added to the head's state after t, in passage row_i of
+        these P (default: each in its own). change [n, r, ·], row [n] -> [n, 11, vocab].
+
+        Each of the r factors is one rank-1 edit. Nothing below the edited layer and nothing before t
+        runs again.
+        """
+        stream, cache = self.stream, self.cache
+        if row is not None:
+            stream, cache = stream.rows(row), cache.rows(row)
+        edits = [Edit(self.layer, self.head, self.t, change.keys[:, r], change.values[:, r])
+                 for r in range(change.keys.shape[1])]
+        after, _ = self.model.run(stream, cache, edits, first=self.layer)
+        return at_least_fp32(self.model.unembed(after))
+
+    def branch(self, change: Factored, row: Tensor | None = None) -> Tensor:
+        """The same as log-probabilities."""
+        return self.logits(change, row).log_softmax(-1)
 
 
-def points(model: LanguageModel, tokens: Tensor, layer: int, head: int, positions, progress=iter):
-    """Yield a Point for each of the increasing positions. One native pass below the edited layer serves them all.
+@torch.no_grad()
+def points(model: LanguageModel, tokens: Tensor, layer: int, head: int, positions, branches: int = 1,
+           progress=iter):
+    """Yield a Point for each position, increasing, of every batch of passages. tokens [n, T].
 
-    tokens [P, T]. Raises InputError for a cell that is none, and for a position without ten tokens after it.
+    One native pass over a passage serves all its points. A batch holds as many passages as
+    `branches` branches of BATCH_BYTES allow, and at least one: memory does not grow with n.
+    Raises InputError for a cell that is none, and for a position without ten tokens after it.
     """
     model.check_cell(layer, head)
-    P, T = tokens.shape
     positions = list(positions)
-    if not positions or positions[0] < 1 or positions[-1] + HORIZONS > T:
-        raise InputError(f"positions {positions[:1]}..{positions[-1:]} do not fit passages of {T} tokens: "
-                         f"the last needs {HORIZONS - 1} after it")
-    with torch.no_grad():
-        stream, _ = model.run(model.embed(tokens), last=layer)
-        s = model.step_inputs(stream, layer).slice(slice(None), slice(head, head + 1))
-        logits = wide(model.unembed(model.run(stream, first=layer)[0]))
-    cache, done = model.empty_cache(P), 0
-    for t in progress(positions):
-        with torch.no_grad():
-            _, cache = model.run(stream.slice(slice(done, t)), cache, first=layer)
-        done, window = t, slice(t, t + HORIZONS)
-        yield Point(t, stream.slice(window), cache, s.slice(window), cache.layers[layer]["state"][:, head:head + 1],
-                    logits[:, window])
-
-
-def read_metric(model: LanguageModel, tokens: Tensor, layer: int, head: int, positions, generator: torch.Generator,
-                ridge: float = 0.1, progress=iter) -> tuple[Tensor, Tensor]:
-    """How much the model's next eleven predictions heed each direction of a head's state: M_k [K, K] and M_v [V, V].
-
-    To second order the headline of the replacement test is a quadratic form in the change δS of the state,
-
-        KL@0..10 = ½ ⟨δS, F δS⟩,    F = E[G Gᵀ] over vec(G),    G = ∂/∂S_t Σ_h log p(sampled token at t+h)     [K, V]
-
-    F is the Fisher information. It is approximated by a Kronecker product (as in K-FAC and Shampoo): M_k ∝ E[G Gᵀ] over
-    the keys' side, M_v ∝ E[Gᵀ G] over the values', each scaled to mean eigenvalue 1 and mixed with `ridge` of the
-    identity. G comes from one backward pass: K edits at t with the unit keys and zero values, whose gradients are the
-    rows of G.
-    """
-    K, V, P = model.layers[layer].mixer.K, model.layers[layer].mixer.V, len(tokens)
-    M_k, M_v = torch.zeros(K, K, device=tokens.device), torch.zeros(V, V, device=tokens.device)
-    for p in points(model, tokens, layer, head, positions, progress):
-        rows = torch.zeros(K, P, V, device=tokens.device, requires_grad=True)
-        edits = [Edit(layer, head, p.t, key, row) for key, row in zip(torch.eye(K, device=tokens.device), rows)]
-        logp = model.unembed(model.run(p.stream, p.cache, edits, first=layer)[0]).float().log_softmax(-1)
-        drawn = torch.multinomial(logp.detach().exp().flatten(0, 1).cpu(), 1, generator=generator).to(
-            logp.device).view(P, HORIZONS, 1)
-        G, = torch.autograd.grad(logp.gather(-1, drawn).sum(), rows)                # [K, P, V]
-        M_k += torch.einsum("kpv,lpv->kl", G, G)
-        M_v += torch.einsum("kpv,kpw->vw", G, G)
-    mix = lambda M: M / M.diagonal().mean() + ridge * torch.eye(len(M), device=M.device)
-    return mix(M_k), mix(M_v)
-
-
-class Records(NamedTuple):
-    """One row per tested position, N rows in all. KL in nats, per condition (in CONDITIONS' order) and horizon."""
-    passage: Tensor             # [N]
-    position: Tensor            # [N]
-    atom: Tensor                # [N] the dominant atom
-    coefficient: Tensor         # [N] its coefficient a, before --scale
-    # [N] between the atom and the native write (Frobenius): its square is the share of energy explained
-    cosine: Tensor
-    cosine_read: Tensor         # [N] the same in the SAE's metrics
-    kl: Tensor                  # [N, 5, 11] KL(base ‖ patched)
-    kl_reverse: Tensor          # [N, 2, 11] KL(patched ‖ base), of atom and delete
-    state_difference: Tensor    # [N, 11] ‖S_patched − S‖ / ‖S‖ of the edited head, the atom in the write's place
-
-
-def replacements(sae: WriteSAE, k: Tensor, v: Tensor, atom: Tensor, a: Tensor, scale: str, generator: torch.Generator):
-    """What each condition puts where the native write k vᵀ was: factors [5, N, K] and [5, N, V], in CONDITIONS' order.
-
-    atom       a A               a: the activation, or by `scale` the write's norm, or the least-squares ⟨A, k vᵀ⟩
-    delete     nothing
-    random     a A_j             another atom of the dictionary, same coefficient
-    projected  ⟨R, k vᵀ⟩ R       a random rank-1 direction R at its own least-squares coefficient: always nearer to
-                                 the write than nothing is, and yet no stand-in for it; a win rate means something
-                                 only above this one's
-    native     k vᵀ              the write itself put back: the noise floor
-    k [N, K], v [N, V], atom [N], a [N].
-    """
-    key, value = sae.key_dir[atom], sae.value_dir[atom]
-    W, A = write_of(k, v), write_of(key, value)
-    if scale not in ("activation", "norm", "least-squares"):
-        raise InputError(f"scale {scale!r}: allowed are activation, norm, least-squares")
-    if scale != "activation":
-        a = (inner(W, W) / inner(A, A)).sqrt() if scale == "norm" else inner(W, A) / inner(A, A)
-    a = a.unsqueeze(-1)
-    other = (atom + torch.randint(1, sae.n_atoms, atom.shape, generator=generator).to(atom.device)) % sae.n_atoms
-    direction = lambda x: F.normalize(torch.randn(x.shape, generator=generator), dim=-1).to(x)
-    r, s = direction(k), direction(v)
-    projected = ((r * k).sum(-1) * (s * v).sum(-1)).unsqueeze(-1)
-    return (torch.stack([key, k, sae.key_dir[other], r, k]),
-            torch.stack([a * value, 0 * v, a * sae.value_dir[other], projected * s, v]))
+    if not positions or positions[0] < 1 or positions[-1] + HORIZONS > tokens.shape[1]:
+        raise InputError(f"positions {positions[:1]}..{positions[-1:]} do not fit passages of "
+                         f"{tokens.shape[1]} tokens: the last needs {HORIZONS - 1} after it")
+    size = max(1, BATCH_BYTES // (4 * branches * HORIZONS * model.vocab))
+    batches = torch.arange(len(tokens), device=tokens.device).split(size)
+    steps = [(passage, t) for passage in batches for t in positions]
+    for passage, t in progress(steps):
+        if t == positions[0]:
+            below, _ = model.run(model.embed(tokens[passage]), last=layer)      # the layer's input
+            last, _ = model.run(below, first=layer)                         # the last layer's output
+            s = model.step_inputs(below, layer).heads([head])
+            cache, done = None, 0
+        _, cache = model.run(below.times(done, t), cache, first=layer)
+        done, end = t, t + HORIZONS
+        logp = at_least_fp32(model.unembed(last.times(t, end))).log_softmax(-1)
+        yield Point(model, layer, head, t, passage, below.times(t, end), cache, s.times(t, end), logp)
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p ‖ q) in nats from log-probabilities [..., vocab] -> [...].
 
-    Σ p (e^d − 1 − d) with d = log q − log p. The added Σ p (e^d − 1) = Σ q − Σ p is zero, but now every term is ≥ 0 and
-    of second order in d, so that an effect of 1e-9 nats is still read in fp32, where Σ p (log p − log q) ends at 1e-7.
+    Σ p (e^d − 1 − d) with d = log q − log p. The added Σ p (e^d − 1) = Σ q − Σ p is zero, but now
+    every term is ≥ 0 and of second order in d, so that an effect of 1e-9 nats is still read in fp32,
+    where Σ p (log p − log q) ends at 1e-7. (Beyond d = 60 p is nothing beside q; cut there, so that
+    no e^d overflows.)
     """
-    d = q - p
+    d = (q - p).clamp(max=60)
     return (p.exp() * (d.expm1() - d)).sum(-1)
 
 
+# --------------------------------------------------------------------------------------------------
+# 5. The replacement test
+# --------------------------------------------------------------------------------------------------
+CONTROLS_EVERY = 4               # random, projected and native: at every fourth position only
+
+
 @torch.inference_mode()
-def replacement(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions,
-                generator: torch.Generator, write: str = "value", source: str = "write", scale: str = "activation",
-                progress=iter) -> Records:
-    """Put an atom where a native write was, and see how far the model's predictions move over the next ten tokens.
+def replacement(model: LanguageModel, dictionaries: dict[str, WriteSAE], tokens: Tensor, layer: int,
+                head: int, positions, generator: torch.Generator, whole: bool = False,
+                progress=iter) -> Table:
+    """Put something else where a native write was: how far do the next eleven predictions move?
 
-    At each position t of `positions` (increasing, at least one, ten tokens left after the last) and in every passage:
-        the SAE codes the write of (layer, head), or with source "state" the state after it; its dominant atom is A,
-            with a > 0;
-        for each condition a branch runs t..t+10 with the state's write exchanged: S_t − k vᵀ + replacement;
-        KL(base ‖ branch) at each of the eleven steps.
-    The exchange is two rank-1 edits (models.Edit), so a branch needs only the layers from `layer` up, the tokens from t
-    on, and the native cache before t (`points`); the five branches of all passages run as one batch.
+    What stands where the write X = k vᵀ stood:
+        (a name)   a A         the dominant atom of that dictionary, with its coefficient
+        delete     nothing
+        random     a A_j       another atom of the first dictionary, same coefficient
+        projected  ⟨R, X⟩ R    a random rank-1 direction at its own least-squares coefficient: always
+                               nearer to X than nothing is (‖X − aA‖² = ‖X‖² − a² for every unit A), and
+                               yet no stand-in for it; a win means something only above its rate
+        native     X           the write itself put back: the noise floor
+    and with whole=True NAME_whole: all active atoms of the dictionary together.
 
-    tokens [P, T]. Returns P x len(positions) rows. Raises InputError for a cell that is none, or text that is too
-    short.
+    `untrained` makes the dictionary that belongs beside every trained one: the null that decides.
+    tokens [n, T]. Returns a row per passage and position: passage, position; for each dictionary
+    index_NAME, a_NAME and cosine_NAME (of a A and X); for each thing put in its effect by horizon,
+    kl_NAME [N, 11], KL(native ‖ branch) in nats (NaN where it is not measured).
     """
-    P = len(tokens)
-    # the branches' passages, one condition after the other
-    every = torch.arange(P, device=tokens.device).repeat(len(CONDITIONS))
-    rows = []
-    for p in points(model, tokens, layer, head, positions, progress):
-        W = p.write(write)
-        k_t, v_t = W.keys[:, 0], W.values[:, 0]                                 # [P, K], [P, V]
-        index, a = sae.encode(W if source == "write" else matrix_of(p.states()[:, 0]))
-        atom, a = index[:, 0], a[:, 0]
-        keys, values = replacements(sae, k_t, v_t, atom, a, scale, generator)   # [5, P, K], [5, P, V]
-
-        edits = [Edit(layer, head, p.t, -k_t[every], v_t[every]),
-                 Edit(layer, head, p.t, keys.flatten(0, 1), values.flatten(0, 1))]
-        after, _ = model.run(p.stream.slice(slice(None), every), p.cache.rows(every), edits, first=layer)
-        patched = model.unembed(after).float().log_softmax(-1).unflatten(0, (len(CONDITIONS), P))   # [5, P, 11, vocab]
-        base = p.logits.log_softmax(-1).expand_as(patched)
-
-        A = write_of(keys[0], values[0])
-        rows.append(Records(
-            passage=torch.arange(P), position=torch.full((P,), p.t), atom=atom.cpu(), coefficient=a.cpu(),
-            cosine=cosine(A, W).cpu(),
-            cosine_read=(inner(A, sae.measured(W)) / (sae.energy(A) * sae.energy(W)).sqrt().clamp_min(1e-30)).cpu(),
-            kl=kl_divergence(base, patched).transpose(0, 1).cpu(),
-            kl_reverse=kl_divergence(patched[:2], base[:2]).transpose(0, 1).cpu(),
-            state_difference=p.state_difference(A.minus(W)).cpu()))
-    return Records(*map(torch.cat, zip(*rows)))
+    parts, positions = [], list(positions)
+    for p in points(model, tokens, layer, head, positions, progress=progress):
+        X = p.write()
+        part = dict(passage=p.passage, position=torch.full_like(p.passage, p.t))
+        put_in = {}
+        for name, sae in dictionaries.items():
+            coded = p.state() if sae.cfg.get("source") == "state" else X
+            index, a, A = sae.dominant(coded)
+            if sae.cfg.get("scale") == "least-squares":          # a state's coefficient is a state's size
+                A = A.times(inner(A, X) / inner(A, A).clamp_min(1e-30))
+            part |= {f"index_{name}": index, f"a_{name}": a, f"cosine_{name}": cosine(A, X)}
+            put_in[name] = A
+            if whole:
+                put_in[name + "_whole"] = sae.decode(*sae.encode(coded))
+        put_in["delete"] = X.times(torch.zeros_like(a))
+        put_in |= controls(next(iter(dictionaries.items())), part, X, generator)
+        every_row = positions.index(p.t) % CONTROLS_EVERY == 0
+        for name, Y in put_in.items():
+            kl = torch.full((len(a), HORIZONS), math.nan, device=a.device)
+            if every_row or name not in ("random", "projected", "native"):
+                kl = kl_divergence(p.logp, p.branch(Y.minus(X)))
+            part["kl_" + name] = kl
+        parts.append(part)
+    return stack(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Its figures
-# ---------------------------------------------------------------------------------------------------------------------
+def controls(first: tuple[str, WriteSAE], part: Table, X: Factored, generator) -> dict[str, Factored]:
+    """`random`, `projected` and `native` of `replacement`, for the writes X."""
+    name, sae = first
+    index, a = part[f"index_{name}"], part[f"a_{name}"]
+    shift = torch.randint(1, max(2, sae.n_atoms), index.shape, generator=generator).to(index.device)
+    other = sae.decode((index + shift)[:, None] % sae.n_atoms, a[:, None])
+    R = random_direction(X, generator)
+    return dict(random=other, projected=R.times(inner(R, X)), native=X)
+
+
+def random_direction(like: Factored, generator: torch.Generator) -> Factored:
+    """A random rank-1 matrix of unit norm for each of `like` (r = 1)."""
+    def unit(x: Tensor) -> Tensor:
+        return F.normalize(torch.randn(x.shape, generator=generator).to(x), dim=-1)
+    return Factored(unit(like.keys), unit(like.values))
+
+
+# Its figures
 def wilson(wins: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson 95 % interval of a rate, for n independent trials."""
+    """The Wilson 95 % interval of a rate, for n independent trials; NaN for none."""
     if n == 0:
         return math.nan, math.nan
     p, z2 = wins / n, z * z
-    middle, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    middle = p + z2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return max((middle - half) / (1 + z2 / n), 0.0), min((middle + half) / (1 + z2 / n), 1.0)
 
 
 def cluster_bootstrap(values: Tensor, cluster: Tensor, generator: torch.Generator,
                       draws: int = 1000) -> tuple[float, float]:
-    """95 % interval of the mean of values [N] when whole clusters [N] (all firings of an atom,
-    of a passage) are drawn again."""
+    """95 % interval of the mean of values [N] when whole clusters [N] (all rows of a file, of an
+    atom) are drawn again, with replacement; NaN for none."""
     if len(values) == 0:
         return math.nan, math.nan
     _, group = cluster.unique(return_inverse=True)
@@ -563,17 +780,17 @@ def cluster_bootstrap(values: Tensor, cluster: Tensor, generator: torch.Generato
     return low, high
 
 
-def effect(records: Records, condition: str) -> Tensor:
-    """kl@0..10: a condition's KL(base ‖ patched), summed over the write's step and the ten after it, in nats. [N]"""
-    return records.kl[:, CONDITIONS.index(condition)].double().sum(-1)
+def effect(table: Table, name: str) -> Tensor:
+    """kl@0..10 in nats: the KL of one condition summed over the eleven steps. [N]"""
+    return table["kl_" + name].double().sum(-1)
 
 
 def rates(atom: Tensor, delete: Tensor) -> dict[str, float]:
-    """Of one effect (lower is better for `atom`), n rows each:
+    """Of n effects each (lower is better for `atom`); NaN for n = 0:
 
-    win_rate: share of rows with KL_atom < KL_delete (0.5 = the atom is as good as nothing).
-    recovered_pooled: 1 − ΣKL_atom / ΣKL_delete (1 = the write is restored, 0 = no better than nothing, < 0 = worse).
-    recovered_median: the median of 1 − KL_atom / KL_delete.
+    win_rate            share with KL_atom < KL_delete (0.5: as good as nothing)
+    recovered_pooled    1 − ΣKL_atom / ΣKL_delete (1: the write is restored, 0: as bad as nothing)
+    recovered_median    the median of 1 − KL_atom / KL_delete
     """
     if len(atom) == 0:
         return dict(win_rate=math.nan, recovered_pooled=math.nan, recovered_median=math.nan)
@@ -582,618 +799,793 @@ def rates(atom: Tensor, delete: Tensor) -> dict[str, float]:
                 recovered_median=(1 - atom / delete.clamp_min(1e-30)).median().item())
 
 
-def summary(records: Records, cosine_min: float, generator: torch.Generator) -> dict:
-    """The test's figures. A firing is a row where the atom has a > 0 and a cosine of at least
-    cosine_min with the write.
+def fires(table: Table, name: str, cosine_min: float) -> Tensor:
+    """Where the dictionary's dominant atom stands for the write. [N], true or false"""
+    return (table["a_" + name] > 0) & (table["cosine_" + name] >= cosine_min)
 
-    Unless a name says otherwise they are about kl@0..10 at firings; "_all" is over every row, firing or not. coverage:
-    the share of rows with a firing; a rate can be bought with silence, so by_coverage shows the curve
-    (by_coverage_read: in the SAE's metrics).
+
+def dictionary_figures(table: Table, name: str, cosine_min: float) -> dict:
+    """One dictionary's coverage, its `rates` at firings, and (_all) over every position; with
+    by_coverage the same for other thresholds, since a rate can be bought with silence."""
+    atom, delete = effect(table, name), effect(table, "delete")
+
+    def at(threshold: float) -> dict:
+        here = fires(table, name, threshold)
+        return dict(coverage=here.double().mean().item()) | rates(atom[here], delete[here])
+
+    everywhere = rates(atom, delete)
+    figures = at(cosine_min) | {key + "_all": value for key, value in everywhere.items()}
+    if f"kl_{name}_whole" in table:
+        whole = rates(effect(table, name + "_whole"), delete)
+        figures["whole_win_rate_all"] = whole["win_rate"]
+        figures["whole_recovered_all"] = whole["recovered_pooled"]
+    figures["by_coverage"] = [dict(cosine_min=c) | at(c) for c in (-1.0, 0.5, 0.6, 0.71, 0.8, 0.9)]
+    return figures
+
+
+def replacement_figures(table: Table, cosine_min: float, generator: torch.Generator) -> dict:
+    """The test's figures, from `replacement` of dictionaries "atom" and "untrained" (which may be
+    left out), and a column "file": the file that each passage comes from, which intervals draw.
+
+    All are about kl@0..10, at firings unless the name ends in _all. per_atom_win_rate is the mean
+    over the n_atoms_often atoms with at least five firings.
     """
-    fires = (records.coefficient > 0) & (records.cosine >= cosine_min)
-    at = Records(*(x[fires] for x in records))
-    kl = {name: effect(at, name) for name in CONDITIONS}
-    wins = kl["atom"] < kl["delete"]
-    every = rates(effect(records, "atom"), effect(records, "delete"))
-    n = len(wins)
-    atoms, group = at.atom.unique(return_inverse=True)
-    per_atom = torch.zeros(len(atoms)).index_add_(0, group, wins.float()) / torch.bincount(group, minlength=len(atoms))
-    quartile = (kl["delete"].argsort().argsort() * 4).div(max(n, 1), rounding_mode="floor")
-    reverse = at.kl_reverse.double().sum(-1)
-    horizon = lambda h: rates(at.kl[:, 0, h].double(), at.kl[:, 1, h].double())
-
-    def by_coverage(threshold: float, cosine: Tensor) -> dict:
-        chosen = (records.coefficient > 0) & (cosine >= threshold)
-        r = rates(effect(records, "atom")[chosen], effect(records, "delete")[chosen])
-        return dict(cosine_min=threshold, coverage=chosen.double().mean().item(), win_rate=r["win_rate"],
-                    recovered_pooled=r["recovered_pooled"])
-
-    return dict(
-        n_positions=len(fires), n_firings=n, n_atoms=len(atoms), n_passages=len(at.passage.unique()),
-        coverage=fires.double().mean().item(), **rates(kl["atom"], kl["delete"]), win_ci95=wilson(int(wins.sum()), n),
-        win_ci95_by_atom=cluster_bootstrap(wins, at.atom, generator),
-        win_ci95_by_passage=cluster_bootstrap(wins, at.passage, generator), per_atom_win_rate=per_atom.mean().item(),
-        strict_order_rate=(wins & (kl["delete"] < kl["random"])).double().mean().item(),
-        median_kl={name: x.median().item() if n else math.nan for name, x in kl.items()},
-        projected_win_rate=(kl["projected"] < kl["delete"]).double().mean().item(),
-        projected_recovered=rates(kl["projected"], kl["delete"])["recovered_pooled"],
-        win_rate_reverse_kl=(reverse[:, 0] < reverse[:, 1]).double().mean().item(),
-        win_rate_all=every["win_rate"], recovered_pooled_all=every["recovered_pooled"],
-        recovered_median_all=every["recovered_median"],
-        by_horizon=[dict(horizon=h, win_rate=horizon(h)["win_rate"], recovered_pooled=horizon(h)["recovered_pooled"],
-                         state_difference=at.state_difference[:, h].mean().item()) for h in range(HORIZONS)],
-        by_coverage=[by_coverage(c, records.cosine) for c in (-1.0, 0.3, 0.4, 0.5, 0.6, 0.71, 0.8, 0.9)],
-        by_coverage_read=[by_coverage(c, records.cosine_read) for c in (-1.0, 0.5, 0.6, 0.71, 0.8, 0.9, 0.95)],
-        failure_by_quartile=[(~wins[quartile == i]).double().mean().item() for i in range(4)])
+    here = fires(table, "atom", cosine_min)
+    kl = {name: effect(table, name) for name in ("atom", "delete", "random", "projected", "native")}
+    at_firings = {name: x[here & x.isfinite()] for name, x in kl.items()}
+    wins, delete = (kl["atom"] < kl["delete"])[here], kl["delete"][here]
+    atoms, which, uses = table["index_atom"][here].unique(return_inverse=True, return_counts=True)
+    per_atom = torch.bincount(which, wins.double(), len(atoms)) / uses
+    often = uses >= 5
+    control = here & kl["random"].isfinite()                 # firings where the controls were measured
+    ordered = (kl["atom"] < kl["delete"]) & (kl["delete"] < kl["random"])
+    beaten = kl["projected"] < kl["delete"]
+    weak_to_strong = wins[delete.argsort()].chunk(4) if len(wins) >= 4 else []
+    figures = dictionary_figures(table, "atom", cosine_min) | dict(
+        n_positions=len(here), n_firings=len(wins), n_atoms=len(atoms),
+        n_passages=len(table["passage"][here].unique()),
+        win_ci95=wilson(int(wins.sum()), len(wins)),
+        win_ci95_by_file=cluster_bootstrap(wins, table["file"][here], generator),
+        n_atoms_often=int(often.sum()), n_firings_often=int(uses[often].sum()),
+        per_atom_win_rate=per_atom[often].mean().item(),
+        win_ci95_by_atom=cluster_bootstrap(wins[often[which]], which[often[which]], generator),
+        strict_order_rate=ordered[control].double().mean().item(),
+        projected_win_rate=beaten[control].double().mean().item(),
+        median_kl={name: x.median().item() if len(x) else math.nan for name, x in at_firings.items()},
+        failure_by_quartile=[1 - quarter.double().mean().item() for quarter in weak_to_strong],
+        by_horizon=[dict(horizon=h) | rates(table["kl_atom"][here, h].double(),
+                                            table["kl_delete"][here, h].double())
+                    for h in range(HORIZONS)])
+    if "kl_untrained" in table:
+        figures["untrained"] = untrained_figures(table, cosine_min, generator)
+    return figures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def untrained_figures(table: Table, cosine_min: float, generator: torch.Generator) -> dict:
+    """The null's own figures, and over all positions what learning added to it:
+
+    win_gain_all     win rate of the trained minus the untrained one, paired; interval by file
+    kl_left_all      ΣKL_trained / ΣKL_untrained (1: training added nothing, 0: all that was missing)
+    """
+    delete, null = effect(table, "delete"), effect(table, "untrained")
+    gain = (effect(table, "atom") < delete).double() - (null < delete).double()
+    return dictionary_figures(table, "untrained", cosine_min) | dict(
+        win_gain_all=gain.mean().item(),
+        win_gain_all_ci95=cluster_bootstrap(gain, table["file"], generator),
+        kl_left_all=(effect(table, "atom").sum() / null.sum()).item())
+
+
+# --------------------------------------------------------------------------------------------------
 # 6. The logit-change formula: a ladder from the paper's three factors to the exact second order
-# ---------------------------------------------------------------------------------------------------------------------
-#: each rung's name, and the order in the edit's size to which it is exact (0: not even to the first)
-RUNGS = (("three factors", 0), ("three factors, fitted", 0), ("exact transition", 0), ("direct path", 0),
-         ("full Jacobian", 1), ("mean of two Jacobians", 2), ("exact head, mean of two", 2), ("exact head, Simpson", 4))
+# --------------------------------------------------------------------------------------------------
+#: each rung's name -> the order in the edit's size to which it is exact (0: not even the first)
+RUNGS = {"three factors": 0, "three factors, fitted": 0, "exact transition": 0, "gated": 0,
+         "gated and scaled": 0, "direct path": 0, "full Jacobian": 1, "mean of two Jacobians": 2,
+         "exact head, mean of two": 2}
+RANKS = (1, 2, 3, 4, 5, 10, 50)      # of the tokens whose logits are predicted, at the write's step
 
 
-def logit_ladder(model: LanguageModel, p: Point, layer: int, head: int, change: Factored, targets: Tensor):
-    """Eight predictions of how an edit of one head's state at t moves logits at t..t+10, and the measured change.
+def all_heads(block: nn.Module, stream: Stream, cache: dict):
+    """A recurrent layer's reads o [B, T, H, V], its six tensors and the rest that its output needs."""
+    s, rest, _ = block.mixer.inputs(block.norm1(stream.x), cache, stream.v_first)
+    o, _ = recurrence_chunked(s, cache.get("state"))
+    return o, s, rest
 
-    The edit adds δS = Σ_r keys_r values_rᵀ, so the head's read moves by δo_s = Σ_r (u_s · q_s) values_r
-    (models.propagate).
 
-    1 three factors       u_s = (Π decay) keys: gates alone, no erase; logit = ⟨W_U[tok], W_O δo⟩: no norm, no gate
-                          (the paper)
-    2   ..., fitted       1 times one least-squares scalar per edit and token, over the eleven steps
-                          (the paper's appendix)
-    3 exact transition    u_s = A_s u_{s-1}: what the erase term is worth
-    4 direct path         + the Jacobians of the head's norm and gate and of the final norm: what they are worth
-    5 full Jacobian       d/dε logit(S + ε δS) at ε = 0: + the path through the later layers        exact to first order
-    6 mean of two         ½ (d/dε at 0 + d/dε at 1), the trapezoid rule for ∫ d/dε from 0 to 1     exact to second order
-    7 exact head          the change of the layer's output taken as it is, 6 for all that comes after it: a norm is
-                          far from linear where a write is most of what it normalises
-    8 exact head, Simpson the same with three Jacobians, at 0, ½ and 1: what is left is beyond second order
+def moved_reads(change: Factored, s: StepInputs) -> Tensor:
+    """How far a head's reads move if `change` is added to its state after the first step, exactly:
 
-    change: keys [P, r, K], values [P, r, V]; targets [P, n] token ids. Returns predictions [8, P, 11, n], the
-    measured change [P, 11, n], and the cosine [P, 11] of the layer's output with and without the edit.
+        δo_t = Σ_r (u_t · q_t) value_r        u_0 = key_r, u_t = A_t u_{t-1} (models.propagate)
+
+    change [N, r, ·]; s: the six tensors of that head, H = 1, over T steps -> [N, T, V].
     """
-    block, cache = model.layers[layer], p.cache.layers[layer]
-    pick = lambda logits: wide(logits).gather(-1, targets[:, None].expand(-1, HORIZONS, -1))
-    jvp = lambda f, at, direction: torch.func.jvp(f, (at,), (direction,))[1]                        # f'(at) · direction
-    mean_of_two = lambda f, at, direction: (jvp(f, at, direction) + jvp(f, at + direction, direction)) / 2
-    simpson = lambda f, at, direction: (2 * mean_of_two(f, at, direction)
-                                        + 4 * jvp(f, at + direction / 2, direction)) / 6
-
-    edits = lambda size: [Edit(layer, head, p.t, key, size * value)
-                          for key, value in zip(change.keys.unbind(1), change.values.unbind(1))]
-    logits = lambda size: pick(model.unembed(model.run(p.stream, p.cache, edits(size), first=layer)[0]))
-    zero, one = change.values.new_zeros(1), change.values.new_ones(1)
-    measured = logits(one) - logits(zero)
-
-    read = lambda s: sum(propagate(e.key.unsqueeze(1), s)[0] * e.value.unsqueeze(1)
-                         for e in edits(1.0))                                                            # δo [P, 11, V]
-    W_O = block.mixer.out_weight[:, head]                                                                # [D, V]
-    W_U = (model.embedding if model.head is None else model.head).weight[targets]                        # [P, n, D]
-    linear = lambda delta_o: torch.einsum("pnd,dv,ptv->ptn", wide(W_U), wide(W_O), delta_o)
-    three_factors = linear(read(p.s._replace(erase_in=None, erase_out=None)))
-    fit = (three_factors * measured).sum(1, keepdim=True) / three_factors.square().sum(1, keepdim=True).clamp_min(1e-30)
-    exact_transition = linear(read(p.s))
-
-    s, rest, _ = block.mixer.inputs(block.norm1(p.stream.x), cache, p.stream.v_first)                    # all heads
-    o, _ = recurrence_chunked(s, cache["state"])
-    # [P, 11, H, V]
-    delta_o = read(p.s).unsqueeze(2) * F.one_hot(torch.tensor(head), block.mixer.heads).to(o).unsqueeze(-1)
-    output = lambda o: block.mixer.output(o, s, rest)
-    last = model.run(p.stream, p.cache, first=layer)[0]
-    direct_path = jvp(lambda x: pick(model.unembed(last._replace(x=x))), last.x, jvp(output, o, delta_o))
-
-    above = lambda x: model.run(block.feed(Stream(x, p.stream.v_first), cache)[0], p.cache, first=layer + 1)[0]
-    exact_head = lambda rule: rule(lambda x: pick(model.unembed(above(x))), p.stream.x + output(o),
-                                   output(o + delta_o) - output(o))
-
-    return (torch.stack([three_factors, fit * three_factors, exact_transition, direct_path, jvp(logits, zero, one),
-                         mean_of_two(logits, zero, one), exact_head(mean_of_two), exact_head(simpson)]),
-            measured, F.cosine_similarity(output(o), output(o + delta_o), dim=-1))
+    delta_o = 0
+    for key, value in zip(change.keys.unbind(1), change.values.unbind(1)):
+        gain, _ = propagate(key[:, None], s)                                         # [N, T, 1]
+        delta_o = delta_o + gain * value[:, None]
+    return delta_o
 
 
-class Ladder(NamedTuple):
-    """One row per firing, N in all; n tokens each. Logit changes in nats."""
-    passage: Tensor          # [N]
-    atom: Tensor             # [N]
-    predicted: Tensor        # [N, 8, 11, n] one per rung
-    measured: Tensor         # [N, 11, n]
-    output_cosine: Tensor    # [N, 11] between the layer's output with and without the edit
-    state_difference: Tensor # [N, 11] ‖δS‖ / ‖S‖ of the edited head
+def norm_slope(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a norm of x multiplies each channel by, weight / rms(x) (LayerNorm: weight / std(x)):
+    its slope if these statistics are held fixed. -> [..., D]"""
+    x = at_least_fp32(x)
+    if isinstance(norm, nn.LayerNorm):
+        return norm.weight * (x.var(-1, keepdim=True, correction=0) + norm.eps).rsqrt()
+    return (norm.offset + norm.weight) * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
 
 
-RANKS = (1, 2, 3, 4, 5, 10, 50)      # the tokens whose logits are predicted, by their rank at the write's own step
+def factor_rungs(p: Point, change: Factored, targets: Tensor) -> dict[str, Tensor]:
+    """The rungs that are products of factors read off the native run, [P, 11, n] each.
+
+    A recurrent layer's output is, summed over heads (models.py, `gate_and_scale`),
+
+        y = Σ_heads W_O (gate · scale · o) + what o does not reach          W_O [D, V]: the head's slice
+        gate  = silu(z) w (Gated DeltaNet, Mamba-2), g w (RWKV-7); w: the weight of the head's norm
+        scale = 1/rms or 1/std of what that norm is given
+
+    and with no layer after it logit = ⟨W_U[token], final norm(x + y)⟩. Hold the norms' statistics
+    fixed, and all of this is linear in δo:
+
+        three factors       ⟨W_U, W_O δo⟩ with u_t = decay_t u_{t-1}: the gates alone (the paper)
+        exact transition    ⟨W_U, W_O δo⟩ with u_t = A_t u_{t-1}: + the erase
+        gated               ⟨W_U, W_O (gate · δo)⟩: a gate may be negative, so without it even the sign is open
+        gated and scaled    ⟨W_U, w_f/rms · W_O (gate · scale · δo)⟩: + units; scales are positive
+    """
+    model = p.model
+    block, cache = model.layers[p.layer], p.cache.layers[p.layer]
+    gate, scale = block.mixer.gate_and_scale(*all_heads(block, p.stream, cache))
+    gate, scale = gate[:, :, p.head], scale[:, :, p.head]                      # [P, 11, V], [P, 11, 1]
+    last, _ = model.run(p.stream, p.cache, first=p.layer)
+    final = norm_slope(model.norm, last.x)                                              # [P, 11, D]
+    W_O = model.out_map(p.layer)[:, p.head]                                                  # [D, V]
+    W_U = at_least_fp32(model.unembedding[targets])                                       # [P, n, D]
+
+    def logits(delta_x: Tensor) -> Tensor:
+        return delta_x @ W_U.mT                                             # [P, 11, D] -> [P, 11, n]
+
+    gates_alone = p.s._replace(erase_in=None, erase_out=None)
+    delta_o = moved_reads(change, p.s)                                                  # [P, 11, V]
+    return {"three factors": logits(moved_reads(change, gates_alone) @ W_O.T),
+            "exact transition": logits(delta_o @ W_O.T),
+            "gated": logits((gate * delta_o) @ W_O.T),
+            "gated and scaled": logits(final * ((gate * scale * delta_o) @ W_O.T))}
+
+
+def slope(f, at: Tensor) -> Tensor:
+    """df/dε of a function of a number, at ε = at, by forward-mode differentiation."""
+    with sdpa_kernel(SDPBackend.MATH):                       # the one attention that can do it
+        _, derivative = torch.func.jvp(f, (at,), (torch.ones_like(at),))
+    return derivative
+
+
+def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Nine predictions of how logits move at t..t+10 if `change` is added to the state after t.
+
+    The first rungs are `factor_rungs`; "fitted" is the first of them times one least-squares scalar
+    per edit and token (the paper's appendix). The others are slopes of functions of ε that apply ε
+    times the change:
+
+        direct path                  d/dε at 0, later layers left out: + how the norms' statistics move
+        full Jacobian                d/dε at 0 of the model: + the later layers
+        mean of two Jacobians        ½ (d/dε at 0 + d/dε at 1): + the second order (trapezoid rule)
+        exact head, mean of two      the same from the layer's output on, whose change is taken as it is
+
+    change [P, r, ·], targets [P, n] -> predicted [P, 9, 11, n] in RUNGS' order, measured [P, 11, n].
+    """
+    model, block, cache = p.model, p.model.layers[p.layer], p.cache.layers[p.layer]
+    o, s, rest = all_heads(block, p.stream, cache)
+    others = s.q.shape[2] - p.head - 1
+    delta_o = F.pad(moved_reads(change, p.s)[:, :, None], (0, 0, p.head, others))    # [P, 11, H, V]
+    y, y_edited = (block.mixer.output(x, s, rest) for x in (o, o + delta_o))
+    last, _ = model.run(p.stream, p.cache, first=p.layer)
+    zero, one = delta_o.new_zeros(()), delta_o.new_ones(())
+
+    def pick(logits: Tensor) -> Tensor:                             # [P, 11, vocab] -> [P, 11, n]
+        return at_least_fp32(logits).gather(-1, targets[:, None].expand(-1, HORIZONS, -1))
+
+    def direct(eps: Tensor) -> Tensor:                         # as if no layer came after this one
+        moved = block.mixer.output(o + eps * delta_o, s, rest) - y
+        return pick(model.unembed(last._replace(x=last.x + moved)))
+
+    def full(eps: Tensor) -> Tensor:                                                    # the model
+        return pick(p.logits(change.times(eps)))
+
+    def exact_head(eps: Tensor) -> Tensor:                  # the model from the layer's output on
+        mixed = p.stream._replace(x=p.stream.x + y + eps * (y_edited - y))
+        after, _ = model.run(block.feed(mixed, cache)[0], p.cache, first=p.layer + 1)
+        return pick(model.unembed(after))
+
+    measured = full(one) - full(zero)
+    rungs = factor_rungs(p, change, targets)
+    three = rungs["three factors"]
+    fit = (three * measured).sum(1, keepdim=True) / three.square().sum(1, keepdim=True).clamp_min(1e-30)
+    rungs["three factors, fitted"] = fit * three
+    rungs["direct path"] = slope(direct, zero)
+    rungs["full Jacobian"] = slope(full, zero)
+    rungs["mean of two Jacobians"] = (slope(full, zero) + slope(full, one)) / 2
+    rungs["exact head, mean of two"] = (slope(exact_head, zero) + slope(exact_head, one)) / 2
+    return torch.stack([rungs[name] for name in RUNGS], 1), measured
 
 
 @torch.no_grad()
 def ladder(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions,
-           change: str | float = "swap", cosine_min: float = 0.71, progress=iter) -> Ladder:
-    """logit_ladder at every firing. change: "delete" takes the write out, "swap" puts a A in its place,
-    a number ε adds ε A/‖A‖ to it."""
-    rows = []
-    for p in points(model, tokens, layer, head, positions, progress):
-        W = p.write(sae.cfg.get("write", "value"))
-        index, a = sae.encode(W if sae.cfg.get("source", "write") == "write" else matrix_of(p.states()[:, 0]))
-        index, a = index[:, :1], a[:, :1]
-        A, A_1 = sae.decode(index, a), sae.decode(index, torch.ones_like(a))
-        if change == "delete":
-            edit = Factored(-W.keys, W.values)
-        elif change == "swap":
-            edit = A.minus(W)
-        else:
-            edit = A_1._replace(values=A_1.values * (change / inner(A_1, A_1).sqrt())[:, None, None])
-        fires = ((a[:, 0] > 0) & (cosine(A, W) >= cosine_min)).cpu()
-        targets = p.logits[:, 0].topk(max(RANKS)).indices[:, torch.tensor(RANKS) - 1]
-        predicted, measured, output_cosine = logit_ladder(model, p, layer, head, edit, targets)
-        rows.append(Ladder(*(x.cpu()[fires] for x in (
-            torch.arange(len(tokens)), index[:, 0], predicted.transpose(0, 1), measured, output_cosine,
-            p.state_difference(edit)))))
-    return Ladder(*map(torch.cat, zip(*rows)))
+           cosine_min: float = 0.71, eps: float = 0.1, progress=iter) -> Table:
+    """`logit_ladder` at every firing, for three edits of the state:
+
+        swap    the atom a A in the write's place        delete    the write taken out
+        small   the atom with norm eps added
+
+    Returns a row per firing: passage, position, index (the atom), and of each edit predicted_EDIT
+    [N, 9, 11, 7] and measured_EDIT [N, 11, 7], for the tokens of RANKS. Raises InputError for none.
+    """
+    parts = []
+    for p in points(model, tokens, layer, head, positions, progress=progress):
+        X = p.write()
+        index, a, A = sae.dominant(p.state() if sae.cfg.get("source") == "state" else X)
+        row = ((a > 0) & (cosine(A, X) >= cosine_min)).nonzero()[:, 0]
+        if len(row) == 0:
+            continue
+        X, A = X.rows(row), A.rows(row)
+        p = p._replace(passage=p.passage[row], stream=p.stream.rows(row), cache=p.cache.rows(row),
+                       s=p.s.rows(row), logp=p.logp[row])
+        edits = dict(swap=A.minus(X), delete=X.times(-torch.ones_like(a[row])),
+                     small=A.times(eps / inner(A, A).sqrt()))
+        targets = p.logp[:, 0].topk(max(RANKS)).indices[:, torch.tensor(RANKS) - 1]
+        part = dict(passage=p.passage, position=torch.full_like(p.passage, p.t), index=index[row])
+        for name, change in edits.items():
+            part["predicted_" + name], part["measured_" + name] = logit_ladder(p, change, targets)
+        parts.append(part)
+    if not parts:
+        raise InputError("no atom fires in this text: take more --passages or a lower --cosine-min")
+    return stack(parts)
 
 
 def agreement(y: Tensor, y_hat: Tensor) -> dict[str, float]:
     """How well y_hat predicts y, any shape, nothing fitted.
 
-    r2: 1 − Σ(y − ŷ)² / Σ(y − mean y)², about the line y = ŷ (1 is perfect, 0 no better than the mean, negative worse).
-    slope: of the least-squares line y = slope·ŷ (1 if sizes are right). pearson: correlation.
-    sign_agreement: share of equal signs.
+    r2               1 − Σ(y − ŷ)² / Σ(y − mean y)², about the line y = ŷ: 1 is perfect, 0 no better
+                     than the mean, negative worse
+    slope            of the least-squares line y = slope · ŷ: 1 if sizes are right
+    sign_agreement   share of equal signs
     """
     y, y_hat = y.double().flatten(), y_hat.double().flatten()
-    if len(y) < 2:
-        return dict(r2=math.nan, slope=math.nan, pearson=math.nan, sign_agreement=math.nan)
-    r2 = 1 - (y - y_hat).square().sum() / (y - y.mean()).square().sum()
-    return dict(r2=r2.item(), slope=((y * y_hat).sum() / y_hat.square().sum()).item(),
-                pearson=torch.corrcoef(torch.stack([y, y_hat]))[0, 1].item(),
+    spread = (y - y.mean()).square().sum()
+    return dict(r2=(1 - (y - y_hat).square().sum() / spread).item(),
+                slope=((y * y_hat).sum() / y_hat.square().sum()).item(),
                 sign_agreement=(y.sign() == y_hat.sign()).double().mean().item())
 
 
-def ladder_summary(swap: Ladder, delete: Ladder, sizes: dict[float, Ladder], training: Ladder) -> list[dict]:
-    """A dict per rung: `agreement` of the swap at natural size, and R² for other edits, atoms, horizons,
-    ranks and texts.
-
-    swap, delete, training: ladders of those edits (training: swap, on training text); sizes: of an added atom, by its
-    norm. r2_per_atom: each atom's R² over its firings, tokens and steps; the median and the quartiles, as the
-    paper gives them.
-    """
-    def r2(ladder: Ladder, rung: int, rows=slice(None), horizon=slice(None), rank=slice(None)) -> float:
-        part = lambda x: x[rows][:, horizon][..., rank]                      # [N, 11, n] -> some of it
-        return agreement(part(ladder.measured), part(ladder.predicted[:, rung]))["r2"]
-
-    atoms, rungs = swap.atom.unique(), []
-    for i, (name, order) in enumerate(RUNGS):
-        per_atom = torch.tensor([r2(swap, i, rows=swap.atom == atom) for atom in atoms])
-        low, median, high = (per_atom.nanquantile(torch.tensor([0.25, 0.5, 0.75])).tolist() if len(atoms) else
-                             [math.nan] * 3)
-        rungs.append(dict(
-            name=name, order=order, fitted="fitted" in name, **agreement(swap.measured, swap.predicted[:, i]),
-            r2_delete=r2(delete, i), r2_small=r2(sizes[0.1], i),
-            r2_by_size={str(size): r2(x, i) for size, x in sizes.items()},
-            r2_training_text=r2(training, i), r2_per_atom=dict(median=median, low=low, high=high, n_atoms=len(atoms)),
-            by_horizon=[r2(swap, i, horizon=h) for h in range(HORIZONS)],
-            by_rank={str(rank): r2(swap, i, rank=j) for j, rank in enumerate(RANKS)}))
+def ladder_figures(table: Table) -> list[dict]:
+    """A dict per rung: `agreement` of the swap; with _delete and _small that of the other edits."""
+    rungs = []
+    for i, (name, order) in enumerate(RUNGS.items()):
+        rung = dict(name=name, order=order, fitted="fitted" in name)
+        for edit, suffix in dict(swap="", delete="_delete", small="_small").items():
+            fit = agreement(table["measured_" + edit], table["predicted_" + edit][:, i])
+            rung |= {key + suffix: x for key, x in fit.items()}
+        rungs.append(rung)
     return rungs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Steering: edits of the cache that make a token appear
-# ---------------------------------------------------------------------------------------------------------------------
-EDITED = 3                                       # positions edited: the prompt's last three
-NEW = 20                                         # tokens decoded after them
+# --------------------------------------------------------------------------------------------------
+# 7. Steering: edits of the memory after which a token appears
+# --------------------------------------------------------------------------------------------------
+EDITED = 3                                   # positions edited: the prompt's last three
+NEW = 20                                     # tokens decoded after them
 KEY_SIDES = ("write", "read")
-VALUE_SIDES = ("formula", "gradient", "ascent")
-#: (prompt, target) pairs by the target's rank for the first new token, and by whether it stands in the prompt:
-#: name -> lowest rank, highest rank (None: the last), in the prompt
-STRATA = {"100-1000": (100, 1000, True), "rarer": (1001, None, True), "frequent": (2, 99, True),
-          "absent": (100, 1000, False)}
+VALUE_SIDES = ("formula", "gated", "gradient", "ascent", "memory")
+STRATA = {"in prompt": True, "absent": False}         # targets of rank 100-1000: in the prompt or not
 
 
 class Prompts(NamedTuple):
-    """N prompts as the unedited model reads them. Edits go to their last n positions."""
-    last: Tensor                     # [N, n] the tokens there
-    cache: Cache                     # before those tokens
-    after: Cache                     # after them
-    logits: Tensor                   # [N, vocab] of the first new token
-    steps: dict[int, StepInputs]     # of each recurrent layer, over the n positions, all heads
+    """N prompts as the unedited model reads them. Edits go to C heads at their last n positions."""
+    model: LanguageModel
+    cells: list[tuple[int, int]]    # the C heads, as (layer, head)
+    last: Tensor                    # [N, n] the last tokens
+    before: Cache                   # before them
+    after: Cache                    # after them
+    logits: Tensor                  # [N, vocab] of the first new token
+    said: Tensor                    # [N, 20] the unedited continuation
+    s: StepInputs                   # of the heads side by side, over the n tokens: [N, n, C, ·]
+    gate: Tensor                    # [N, C, V] gate times norm weight, at the last token
 
     def rows(self, index: Tensor) -> Prompts:
         """These prompts, in this order, repeats allowed. index [m]."""
-        return Prompts(self.last[index], self.cache.rows(index), self.after.rows(index), self.logits[index],
-                       {layer: StepInputs(*(None if x is None else x[index] for x in s))
-                        for layer, s in self.steps.items()})
+        some = {name: getattr(self, name)[index] for name in ("last", "logits", "said", "gate")}
+        return self._replace(before=self.before.rows(index), after=self.after.rows(index),
+                             s=self.s.rows(index), **some)
+
+    def at(self, cells: list[tuple[int, int]]) -> Prompts:
+        """The same prompts, fewer heads. Raises InputError for a cell that is none."""
+        for cell in cells:
+            self.model.check_cell(*cell)
+        chosen = torch.tensor([self.cells.index(cell) for cell in cells], device=self.last.device)
+        return self._replace(cells=cells, s=self.s.heads(chosen), gate=self.gate[:, chosen])
+
+    def read(self, keys: Tensor, values: Tensor, then: Tensor | None = None):
+        """Read the last n tokens while key valueᵀ is added to each head's state at each of them.
+
+        keys [N, n, C, K], values [N, n, C, V]; then [N, m]: tokens that are read on. Returns the logits
+        from the prompt's last token on, [N, 1 + m, vocab], and the cache.
+        """
+        n = self.last.shape[1]
+        edits = [Edit(*cell, self.before.length + t, keys[:, t, c], values[:, t, c])
+                 for t in range(n) for c, cell in enumerate(self.cells)]
+        tokens = self.last if then is None else torch.cat([self.last, then], 1)
+        logits, cache = self.model(tokens, self.before, edits)
+        return at_least_fp32(logits[:, n - 1:]), cache
 
 
 @torch.no_grad()
 def read_prompts(model: LanguageModel, tokens: Tensor, n: int = EDITED) -> Prompts:
-    """Read prompts [N, T] natively, and remember what an edit of their last n positions needs."""
-    N, T = tokens.shape
-    if T < n:
-        raise InputError(f"the prompt has {T} tokens, its last {n} are edited: give a longer one")
-    last, cache = tokens[:, T - n:], model(tokens[:, :T - n])[1] if T > n else model.empty_cache(N)
-    logits, after = model(last, cache)
-    stream, steps = model.embed(last), {}
+    """Read prompts [N, T] natively, ready for edits of all heads at their last n positions.
+    Raises InputError if they are not longer than that."""
+    if tokens.shape[1] <= n:
+        raise InputError(f"the prompt has {tokens.shape[1]} tokens, its last {n} are edited and one must "
+                         "stand before them: give a longer one")
+    last, (_, before) = tokens[:, -n:], model(tokens[:, :-n])
+    logits, after = model(last, before)
+    said, _ = model.generate(logits[:, -1], after, NEW)
+    stream, inputs, gates = model.embed(last), [], []
     for i, block in enumerate(model.layers):
         if block.recurrent:
-            steps[i] = model.step_inputs(stream, i, cache)
-        stream, _ = model.run(stream, cache, first=i, last=i + 1)
-    return Prompts(last, cache, after, wide(logits[:, -1]), steps)
+            o, s, rest = all_heads(block, stream, before.layers[i])
+            inputs.append(s)
+            gates.append(block.mixer.gate_and_scale(o, s, rest)[0][:, -1])
+        stream, _ = model.run(stream, before, first=i, last=i + 1)
+    # simplification: all recurrent layers have heads of one size, so that they can stand side by side
+    s = StepInputs(*(None if x[0] is None else torch.cat(x, 2) for x in zip(*inputs)))
+    cells = [(i, h) for i in model.recurrent_layers for h in range(model.layers[i].mixer.heads)]
+    return Prompts(model, cells, last, before, after, at_least_fp32(logits[:, -1]), said, s,
+                   torch.cat(gates, 1))
 
 
-class Pairs(NamedTuple):
-    """What is asked for, one row per pair."""
-    prompt: Tensor      # [N] which prompt
-    target: Tensor      # [N] the token that is to appear after it
-    stratum: Tensor     # [N] index into STRATA
-
-
-def draw_targets(logits: Tensor, tokens: Tensor, each: int, generator: torch.Generator) -> Pairs:
-    """Up to `each` targets per prompt and stratum, drawn evenly and without repeats.
+def draw_targets(logits: Tensor, tokens: Tensor, each: int, generator: torch.Generator) -> Table:
+    """Up to `each` targets per prompt and stratum, without repeats: prompt, target, stratum [N].
 
     logits [P, vocab] of the first new token, tokens [P, T] the prompts.
     """
     rank = logits.argsort(-1, descending=True).argsort(-1) + 1
     inside = torch.zeros_like(rank, dtype=torch.bool).scatter(1, tokens, True)
-    pairs = []
-    for j, (low, high, in_prompt) in enumerate(STRATA.values()):
-        allowed = (rank >= low) & (rank <= (high or rank.shape[1])) & (inside == in_prompt)
-        for i, row in enumerate(allowed.cpu()):
-            candidates = row.nonzero().squeeze(-1)
+    rows = []
+    for stratum, in_prompt in enumerate(STRATA.values()):
+        allowed = (rank >= 100) & (rank <= 1000) & (inside == in_prompt)
+        for prompt, one in enumerate(allowed.cpu()):
+            candidates = one.nonzero()[:, 0]
             pick = candidates[torch.randperm(len(candidates), generator=generator)[:each]]
-            pairs += [(i, target, j) for target in pick.tolist()]
-    return Pairs(*torch.tensor(pairs, dtype=torch.long, device=logits.device).view(-1, 3).T)
-
-
-class Site(NamedTuple):
-    """Where one layer is edited: n positions of E of its heads, in N prompts. An edit is key valueᵀ.
-
-    Keys are as long as the write that stands there is large (Frobenius, ‖k‖‖v‖), so that the length of a value is the
-    edit's *magnitude*: how many times as large as that write it is.
-    """
-    layer: int
-    heads: list[int]
-    key: Tensor      # [N, n, E, K]
-    gain: Tensor     # [N, n, E] how far a value of length 1 moves the read of the prompt's last token
-
-    def rows(self, index: Tensor) -> Site:
-        """The site in these prompts, in this order, repeats allowed. index [m]."""
-        return self._replace(key=self.key[index], gain=self.gain[index])
+            rows += [(prompt, target, stratum) for target in pick.tolist()]
+    columns = torch.tensor(rows, device=logits.device).view(-1, 3).T
+    return dict(zip(("prompt", "target", "stratum"), columns))
 
 
 def read_key(s: StepInputs) -> Tensor:
-    """The unit key under which a value added at s's first token is weighed most by all the reads of s. [N, E, K]
+    """The unit key under which a value added at s's first token weighs most in all the reads of s.
 
-    An edit κ yᵀ at t moves the read at s ≥ t by (u_s · q_s) y with u_s = A_s ... A_{t+1} κ (models.propagate). So its
-    gain is linear in κ: κ · b_s with b_s = A_{t+1}ᵀ ... A_sᵀ q_s. The squared gains sum to κᵀ (Σ_s b_s b_sᵀ) κ, largest
-    at the leading eigenvector. The b_s come from propagating the K unit keys; with one read left, κ is its query. The
-    sign is the one that makes the sum of the gains positive.
+    An edit κ yᵀ moves the read at t by (u_t · q_t) y with u_t = A_t ... A_1 κ (models.propagate), so
+    its gain is linear in κ: κ · b_t with b_t = A_1ᵀ ... A_tᵀ q_t. The squared gains sum to
+    κᵀ (Σ_t b_t b_tᵀ) κ, largest at the leading eigenvector; the sign is the one that makes Σ_t κ · b_t
+    positive. Propagating the K unit keys gives the b_t. s [N, T, C, ·] -> [N, C, K].
     """
-    N, _, E, K = s.q.shape
-    each = torch.arange(E, device=s.q.device).repeat_interleave(K)                        # every head K times,
-    unit = torch.eye(K).to(s.q).repeat(E, 1).expand(N, -1, -1)                            # with one unit key each
-    b = propagate(unit, s.slice(slice(None), each))[0].unflatten(-1, (E, K))              # [N, T, E, K]
-    key = torch.linalg.eigh(torch.einsum("ntek,ntel->nekl", b, b))[1][..., -1]
-    return key * torch.where((key * b.sum(1)).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+    N, _, C, K = s.q.shape
+    each = torch.arange(C, device=s.q.device).repeat_interleave(K)             # every head K times,
+    unit = torch.eye(K).to(s.q).repeat(C, 1).expand(N, -1, -1)                 # one unit key each
+    gain, _ = propagate(unit, s.heads(each))                                           # [N, T, C·K]
+    b = gain.unflatten(-1, (C, K))
+    key = torch.linalg.eigh(torch.einsum("ntck,ntcl->nckl", b, b)).eigenvectors[..., -1]
+    towards = (key * b.sum(1)).sum(-1, keepdim=True)
+    return torch.where(towards < 0, -key, key)
 
 
-@torch.no_grad()
-def edit_sites(model: LanguageModel, prompts: Prompts, cells: list[tuple[int, int]], key: str = "write") -> list[Site]:
-    """The sites of the (layer, head) cells, one per layer.
+def edit_keys(s: StepInputs, side: str) -> Tensor:
+    """The keys under which values are added, [N, n, C, K].
 
-    key "write": edits are filed under the key that their position itself writes with. "read": under the one that the
-    reads from there to the prompt's end, which make the next token, weigh most (`read_key`).
+    "write": the position's own key. "read": `read_key` of the reads from there to the prompt's end.
+    Each is as long as the write beside it is large, ‖k‖‖v‖: a value's length is the edit's size in
+    native writes.
     """
-    sites = []
-    for layer in sorted({layer for layer, _ in cells}):
-        heads = [h for i, h in cells if i == layer]
-        for head in heads:
-            model.check_cell(layer, head)
-        s = prompts.steps[layer].slice(slice(None), heads)
-        later = [s.slice(slice(t, None)) for t in range(s.q.shape[1])]
-        unit = F.normalize(s.k, dim=-1) if key == "write" else torch.stack([read_key(x) for x in later], 1)
-        keys = unit * (s.k.norm(dim=-1) * s.v.norm(dim=-1)).unsqueeze(-1)
-        gain = torch.stack([propagate(k, x)[0][:, -1] for k, x in zip(keys.unbind(1), later)], 1)
-        sites.append(Site(layer, heads, keys, gain))
-    return sites
+    unit = F.normalize(s.k, dim=-1)
+    if side == "read":
+        unit = torch.stack([read_key(s.times(t)) for t in range(s.q.shape[1])], 1)
+    return unit * (s.k.norm(dim=-1) * s.v.norm(dim=-1)).unsqueeze(-1)
 
 
-def edits_at(sites: list[Site], values: list[Tensor], start: int) -> list[Edit]:
-    """The edits key valueᵀ of all sites, the first position at `start`. values: [N, n, E, V] per site."""
-    return [Edit(site.layer, head, start + t, key, value) for site, y in zip(sites, values)
-            for t, (keys, ys) in enumerate(zip(site.key.unbind(1), y.unbind(1)))
-            for head, key, value in zip(site.heads, keys.unbind(1), ys.unbind(1))]
+def sized(values: Tensor, size: float, budget: bool) -> Tensor:
+    """Values [N, n, C, V] with length `size` each; or as a budget, all lengths of a prompt's edits in
+    proportion, their squares summing to size²."""
+    length = values.norm(dim=-1, keepdim=True)
+    if budget:
+        length = length.flatten(1).norm(dim=1)[:, None, None, None]
+    return values * (size / length.clamp_min(1e-30))
 
 
-def sized(values: list[Tensor], magnitude: float, shared: bool = False) -> list[Tensor]:
-    """The same values with each of length `magnitude`; or, if it is shared, with all lengths of a prompt's edits
-    in proportion and their squares summing to magnitude². values: [N, n, E, V] per site."""
-    if not shared:
-        return [magnitude * F.normalize(y, dim=-1) for y in values]
-    total = sum(y.square().sum((1, 2, 3)) for y in values).sqrt().clamp_min(1e-30)
-    return [y * (magnitude / total)[:, None, None, None] for y in values]
+def score(prompts: Prompts, keys: Tensor, values: Tensor, targets: Tensor, what: str) -> Tensor:
+    """What the values are to raise, [N]:
+
+    logit     of the target for the first new token
+    log_p     its log-probability there
+    memory    log Σ_{i=2..20} p(target is new token i | unedited tokens before it): the log of how often
+              the target is expected after a first token that is not it
+    """
+    then = prompts.said[:, :-1] if what == "memory" else None
+    logits, _ = prompts.read(keys, values, then)                          # [N, 1 or 20, vocab]
+    x = logits if what == "logit" else logits.log_softmax(-1)
+    of_target = x.gather(-1, targets[:, None, None].expand(-1, x.shape[1], 1))[..., 0]
+    return of_target[:, 1:].logsumexp(1) if what == "memory" else of_target[:, 0]
 
 
-def gradient(model: LanguageModel, prompts: Prompts, sites: list[Site], targets: Tensor,
-             values: list[Tensor] | None = None, score=lambda logits: logits) -> list[Tensor]:
-    """∂ score(logits)[target] / ∂ value of every edit, at the prompt's end: exact, from one backward pass.
-    targets [N]; values: where it is taken, default zero (no edit yet). [N, n, E, V] per site."""
-    zeros = lambda site: site.key.new_zeros(*site.gain.shape, model.layers[site.layer].mixer.V)
+def gradient(prompts: Prompts, keys: Tensor, values: Tensor, targets: Tensor, what: str) -> Tensor:
+    """d score / d values, exact, by one backward pass. -> [N, n, C, V]"""
     with torch.enable_grad():
-        values = [y.detach().requires_grad_() for y in values or map(zeros, sites)]
-        logits, _ = model(prompts.last, prompts.cache, edits_at(sites, values, prompts.cache.length))
-        chosen = score(wide(logits[:, -1])).gather(-1, targets[:, None])
-        return list(torch.autograd.grad(chosen.sum(), values))
+        values = values.detach().requires_grad_()
+        total = score(prompts, keys, values, targets, what).sum()
+        return torch.autograd.grad(total, values)[0]
 
 
-def slopes(model: LanguageModel, prompts: Prompts, sites: list[Site], targets: Tensor, kind: str) -> list[Tensor]:
-    """How the target's logit at the prompt's end rises with each edit's value, to first order: [N, n, E, V] per site.
+def slopes(prompts: Prompts, keys: Tensor, targets: Tensor, kind: str) -> Tensor:
+    """How the target's first logit rises with each value, to first order, [N, n, C, V]:
 
-    "formula": gain · W_Oᵀ W_U[target], rung 3 of `logit_ladder` (the paper's three factors, the transition exact): what
-        the head's slice W_O of the output map and the output embedding W_U see of the read.
-    "gradient": rung 5, all that comes after the read included.
+    formula     (u · q) W_Oᵀ W_U[target], u by the gates alone: the paper's three factors as they are
+    gated       (u · q) gate · W_Oᵀ W_U[target], u exact: the ladder's rung of this name
+    gradient    all that comes after the read included
     """
+    model, s = prompts.model, prompts.s
     if kind == "gradient":
-        return gradient(model, prompts, sites, targets)
-    W_U = wide((model.embedding if model.head is None else model.head).weight[targets])                 # [N, D]
-    W_O = lambda site: wide(model.layers[site.layer].mixer.out_weight[:, site.heads])                   # [D, E, V]
-    return [site.gain.unsqueeze(-1) * torch.einsum("nd,dev->nev", W_U, W_O(site)).unsqueeze(1) for site in sites]
+        zero = torch.zeros_like(s.v)
+        return gradient(prompts, keys, zero, targets, "logit")
+    if kind == "formula":
+        s = s._replace(erase_in=None, erase_out=None)
+    gain = [propagate(key, s.times(t))[0][:, -1] for t, key in enumerate(keys.unbind(1))]
+    W_O = torch.stack([model.out_map(layer)[:, head] for layer, head in prompts.cells])   # [C, D, V]
+    W_U = at_least_fp32(model.unembedding[targets])                                          # [N, D]
+    seen = torch.einsum("nd,cdv->ncv", W_U, W_O)
+    if kind == "gated":
+        seen = prompts.gate * seen
+    return torch.stack(gain, 1).unsqueeze(-1) * seen.unsqueeze(1)
 
 
-def ascent(model: LanguageModel, prompts: Prompts, sites: list[Site], targets: Tensor, directions: list[Tensor],
-           magnitude: float, shared: bool = False, steps: int = 20) -> list[Tensor]:
-    """Values of the same size (`sized`) that raise log p(target) further: from `directions`, each step turns them
-    towards the unit gradient, by less and less, and brings them back to size."""
-    values = sized(directions, magnitude, shared)
-    for i in range(steps):
-        up = gradient(model, prompts, sites, targets, values, score=lambda logits: logits.log_softmax(-1))
-        turned = [y + (1 - i / steps) * g for y, g in zip(sized(values, 1, shared), sized(up, 1, shared))]
-        values = sized(turned, magnitude, shared)
+def steering_values(prompts: Prompts, keys: Tensor, targets: Tensor, kind: str, size: float,
+                    budget: bool = False, generator: torch.Generator | None = None,
+                    steps: int = 20) -> Tensor:
+    """The values of a prompt's edits, [N, n, C, V], `sized`:
+
+    random                         the control
+    formula, gated, gradient       along the `slopes` of the target's logit
+    ascent, memory                 from the gradient on, `steps` times towards the gradient of log_p or
+                                   memory (`score`) by less and less, the size kept
+    """
+    zero = torch.zeros_like(prompts.s.v)
+    if kind == "random":
+        return sized(torch.randn(zero.shape, generator=generator).to(zero), size, budget)
+    if kind != "memory":
+        start = slopes(prompts, keys, targets, "gradient" if kind == "ascent" else kind)
+    else:
+        start = gradient(prompts, keys, zero, targets, "memory")
+    values = sized(start, size, budget)
+    what = "memory" if kind == "memory" else "log_p"
+    for i in range(steps if kind in ("ascent", "memory") else 0):
+        up = gradient(prompts, keys, values, targets, what)
+        turned = sized(values, 1, budget) + (1 - i / steps) * sized(up, 1, budget)
+        values = sized(turned, size, budget)
     return values
 
 
-def steering_values(model: LanguageModel, prompts: Prompts, sites: list[Site], targets: Tensor, kind: str,
-                    magnitude: float, shared: bool = False, generator: torch.Generator | None = None) -> list[Tensor]:
-    """The values of the edits of these sites, of this size (`sized`): along the slopes of the "formula" or the
-    "gradient", by "ascent", or in a "random" direction, the control."""
-    if kind == "random":
-        V = lambda site: model.layers[site.layer].mixer.V
-        return sized([torch.randn(*site.gain.shape, V(site), generator=generator).to(site.gain) for site in sites],
-                     magnitude, shared)
-    slope = slopes(model, prompts, sites, targets, "formula" if kind == "formula" else "gradient")
-    return (ascent(model, prompts, sites, targets, slope, magnitude, shared) if kind == "ascent" else
-            sized(slope, magnitude, shared))
+def state_change(edited: Cache, native: Cache) -> Tensor:
+    """‖S' − S‖ / ‖S‖ over all recurrent states together (Frobenius), [N]."""
+    moved = norm = 0
+    for layer, other in zip(edited.layers, native.layers):
+        if "state" in layer:
+            moved = moved + (layer["state"] - other["state"]).square().sum((1, 2, 3))
+            norm = norm + other["state"].square().sum((1, 2, 3))
+    return (moved / norm).sqrt()
 
 
-def best_writes(sites: list[Site], slope: list[Tensor], n: int) -> list[Site]:
-    """The same sites, but only the n edits of each prompt with the largest slopes keep their key;
-    those of the others become zero."""
-    lift = torch.cat([g.norm(dim=-1).flatten(1) for g in slope], 1)                             # [N, all edits]
-    chosen = torch.zeros_like(lift).scatter(1, lift.topk(min(n, lift.shape[1])).indices, 1.0)
-    parts = chosen.split([site.gain[0].numel() for site in sites], 1)
-    return [site._replace(key=site.key * part.view_as(site.gain).unsqueeze(-1)) for site, part in zip(sites, parts)]
+def forced(model: LanguageModel, first: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+    """Force the first new token [N], decode 19 more: tokens [N, 20], the logits of the 19."""
+    logits, cache = model(first[:, None], cache)
+    tokens, logits = model.generate(logits[:, -1], cache, NEW - 1)
+    return torch.cat([first[:, None], tokens], 1), at_least_fp32(logits)
 
 
-class Continuation(NamedTuple):
-    """What the model says after a prompt, one row per (prompt, target)."""
-    tokens: Tensor      # [N, 20] decoded greedily
-    count: Tensor       # [N] how often the target is among them
-    rank: Tensor        # [N, 20] the target's rank for each of them, 1 = most probable
-    log_p: Tensor       # [N, 20] its log-probability there, in nats
-    kl: Tensor          # [N] KL(unedited ‖ edited) per token of an unrelated text that is read instead
-    nll: Tensor         # [N] −log p of the decoded tokens under the unedited model, nats per token
-    size: Tensor        # [N] √Σ‖edit‖² / √Σ‖S‖²: all edits against all states of the unedited cache (Frobenius)
+def nats(prompts: Prompts, tokens: Tensor) -> Tensor:
+    """−log p per token of continuations [N, 20] under the unedited model, [N]."""
+    logits, _ = prompts.model(tokens[:, :-1], prompts.after)
+    logits = torch.cat([prompts.logits[:, None], at_least_fp32(logits)], 1)
+    return F.cross_entropy(logits.mT, tokens, reduction="none").mean(1)
 
 
 @torch.no_grad()
-def steer(model: LanguageModel, prompts: Prompts, pairs: Pairs, unrelated: Tensor, cells=(), key: str = "write",
-          value: str | None = None, magnitude: float = 0.0, shared: bool = False, writes: int | None = None,
-          generator: torch.Generator | None = None) -> Continuation:
-    """Add edits to the cache while the prompts' last tokens are read, then decode.
+def steer(prompts: Prompts, pairs: Table, key: str, value: str | None, size: float,
+          budget: bool = False, generator: torch.Generator | None = None) -> Table:
+    """Edit the states of `prompts.cells` at the prompts' last tokens, decode 20 tokens greedily.
 
-    cells: the (layer, head) pairs that are edited, at each of the prompts' last n positions. key: see `edit_sites`.
-    value: see `steering_values`; None leaves the cache as it is. magnitude, shared: see `sized`. writes: only so many
-    of the edits, the best to first order. unrelated [P, U]: another text for each prompt, which is read in place of a
-    continuation to see what else the edit changes.
-    Raises InputError for a cell that is none, an unknown side, a magnitude that is negative or not finite.
+    pairs: `draw_targets`. value None: no edit. A row per pair: its columns, and
+        tokens [20]      decoded after the edit
+        kept [20]        the same with the first of them forced back to the unedited one: what the
+                         edit still does there is memory
+        log_p [20]       of the target at each step of `kept` (the first before anything is forced)
+        nll, nll_kept    −log p of both under the unedited model, nats per token
+        nll_forced       the same if, without an edit, the first token is forced to be the target
+        size             ‖S' − S‖ / ‖S‖ of all states at the prompt's end
     """
-    if key not in KEY_SIDES or value not in (None, "random", *VALUE_SIDES):
-        raise InputError(f"key side {key!r}, value side {value!r}: allowed are {', '.join(KEY_SIDES)}, and "
-                         f"{', '.join(VALUE_SIDES)}, random")
-    if not 0 <= magnitude < math.inf:
-        raise InputError(f"magnitude {magnitude}: allowed are finite numbers from 0")
-    all_sites, parts = edit_sites(model, prompts, cells, key), []
-    batch = max(1, 30_000_000 // ((NEW + unrelated.shape[1]) * model.vocab))           # some 120 MB of logits at once
-    for part in torch.arange(len(pairs.target), device=model.device).split(batch):
-        row, target = pairs.prompt[part], pairs.target[part]
-        native, sites = prompts.rows(row), [site.rows(row) for site in all_sites]
-        if writes is not None:
-            sites = best_writes(sites, slopes(model, native, sites, target, "gradient"), writes)
-        values = (steering_values(model, native, sites, target, value, magnitude, shared, generator) if value else [])
-
-        logits, after = model(native.last, native.cache, edits_at(sites, values, native.cache.length))
-        tokens, logits = model.generate(logits[:, -1], after, NEW)
-        log_p = wide(logits).log_softmax(-1)                                                            # [n, 20, vocab]
-        log_p_target = log_p.gather(-1, target[:, None, None].expand(-1, NEW, -1))
-        each, of_row = row.unique(return_inverse=True)                  # unedited, the other text is one per prompt
-        quiet = wide(model(unrelated[each], prompts.after.rows(each))[0]).log_softmax(-1)[of_row]   # [n, U, vocab]
-        moved = wide(model(unrelated[row], after)[0]).log_softmax(-1)
-        # [n, 20, vocab] what the unedited model would have said at each step of the edited continuation
-        judge = torch.cat([native.logits[:, None], wide(model(tokens[:, :-1], native.after)[0])], 1)
-        edited = sum((site.key.square().sum(-1) * y.square().sum(-1)).sum((1, 2)) for site, y in zip(sites, values))
-        states = sum(native.after.layers[i]["state"].square().sum((1, 2, 3)) for i in native.steps)
-        parts.append(Continuation(
-            tokens, count=(tokens == target[:, None]).sum(-1), rank=(log_p > log_p_target).sum(-1) + 1,
-            log_p=log_p_target[..., 0], kl=kl_divergence(quiet, moved).mean(-1),
-            nll=F.cross_entropy(judge.transpose(1, 2), tokens, reduction="none").mean(-1),
-            size=(edited / states).sqrt()))
-    return Continuation(*(torch.cat(column).cpu() for column in zip(*parts)))
+    parts, batch = [], max(1, BATCH_BYTES // (4 * NEW * prompts.model.vocab))
+    for row in torch.arange(len(pairs["target"]), device=prompts.last.device).split(batch):
+        part = {name: x[row] for name, x in pairs.items()}
+        native, target = prompts.rows(part["prompt"]), part["target"]
+        logits, after = native.logits[:, None], native.after
+        if value is not None:
+            keys = edit_keys(native.s, key)
+            values = steering_values(native, keys, target, value, size, budget, generator)
+            logits, after = native.read(keys, values)
+        tokens, _ = native.model.generate(logits[:, -1], after, NEW)
+        kept, later = forced(native.model, native.said[:, 0], after)
+        log_p = torch.cat([logits, later], 1).log_softmax(-1)
+        without, _ = forced(native.model, target, native.after)
+        of_target = target[:, None, None].expand(-1, NEW, 1)
+        parts.append(part | dict(
+            tokens=tokens, kept=kept, log_p=log_p.gather(-1, of_target)[..., 0],
+            nll=nats(native, tokens), nll_kept=nats(native, kept), nll_forced=nats(native, without),
+            size=state_change(after, native.after)))
+    return stack(parts)
 
 
-def rate_ci95(wins: Tensor, cluster: Tensor, generator: torch.Generator) -> tuple[float, float]:
-    """The 95 % interval of a rate: whole clusters drawn again, and no narrower than Wilson's, which has a width at 0
-    and 100 % too. wins, cluster [N]."""
-    low, high = zip(cluster_bootstrap(wins, cluster, generator), wilson(int(wins.sum()), len(wins)))
-    return min(low), max(high)
+def appears(table: Table) -> Tensor:
+    """Whether the target is among the 20 tokens (the paper's measure). [N]"""
+    return (table["tokens"] == table["target"][:, None]).any(1)
 
 
-def steering_summary(edited: Continuation, native: Continuation, random: Continuation, prompt: Tensor,
-                     generator: torch.Generator) -> dict:
-    """Figures of one kind of edit over N pairs. prompt [N]: the 95 % intervals draw whole prompts again.
+def persists(table: Table) -> Tensor:
+    """Whether it is among tokens 2 to 20 when the first is forced to the unedited one. [N]"""
+    return (table["kept"][:, 1:] == table["target"][:, None]).any(1)
 
-    *_rate: share of continuations that hold the target: edited, native (unedited), random (values of a random
-    direction, the same keys and norms). rank_improved: share of ranks that fell. median_rank_shift: rank before minus
-    after. first_step_lift_nats: mean rise of log p(target) for the first new token. occurrences: mean count of the
-    target in 20 tokens. kl_unrelated: mean KL per token of unrelated later text. perplexity: exp of the mean nll of
-    the continuation under the unedited model.
+
+def steering_figures(edited: Table, native: Table, random: Table) -> list[dict]:
+    """A dict per stratum, from `steer` of the same pairs with an edit, without, and with a random one.
+
+    *_rate: share of continuations that hold the target; *_persists_rate: when the first new token is
+    forced to the unedited one. perplexity: of the edited continuation under the unedited model; _kept:
+    with that first token; _forced: of an unedited one whose first token is forced to the target.
+    said_at [20]: how often the target is first said at each step of `kept`.
     """
-    figures = dict(n_pairs=len(prompt), n_prompts=len(prompt.unique()))
-    for name, c in dict(native=native, edited=edited, random=random).items():
-        holds = c.count > 0
-        figures[f"{name}_rate"] = holds.double().mean().item()
-        figures[f"{name}_ci95"] = rate_ci95(holds, prompt, generator)
-        figures[f"{name}_perplexity"] = c.nll.mean().exp().item()
-        if name != "native":
-            figures[f"{name}_kl_unrelated"] = c.kl.mean().item()
-    shift = (native.rank - edited.rank)[:, 0].double()
-    return figures | dict(
-        rank_improved=(shift > 0).double().mean().item(), median_rank_shift=shift.median().item(),
-        median_rank=edited.rank[:, 0].median().item(),
-        first_step_lift_nats=(edited.log_p - native.log_p)[:, 0].mean().item(),
-        random_lift_nats=(random.log_p - native.log_p)[:, 0].mean().item(),
-        occurrences=edited.count.double().mean().item())
+    strata = []
+    for j, name in enumerate(STRATA):
+        e, n, r = ({key: x[t["stratum"] == j] for key, x in t.items()} for t in (edited, native, random))
+        says = e["kept"][persists(e)] == e["target"][persists(e), None]
+        figures = dict(name=name, n_pairs=len(e["target"]))
+        for kind, table in dict(native=n, edited=e, random=r).items():
+            figures[kind + "_rate"] = appears(table).double().mean().item()
+            figures[kind + "_persists_rate"] = persists(table).double().mean().item()
+        strata.append(figures | dict(
+            persists_rate=figures["edited_persists_rate"],
+            persists_ci95=wilson(int(persists(e).sum()), len(e["target"])),
+            first_step_lift_nats=(e["log_p"] - n["log_p"])[:, 0].mean().item(),
+            native_perplexity=n["nll"].mean().exp().item(), perplexity=e["nll"].mean().exp().item(),
+            perplexity_kept=e["nll_kept"].mean().exp().item(),
+            perplexity_forced=e["nll_forced"].mean().exp().item(),
+            said_at=torch.bincount(says.int().argmax(1), minlength=NEW).tolist()))
+    return strata
 
 
 @torch.no_grad()
-def sign_test(model: LanguageModel, prompts: Prompts, sites: list[Site], targets: Tensor, kind: str):
-    """Predicted and measured change of the target's logit when edits of the natural size (magnitude 1) along the
-    slopes are added, and when they are subtracted: both [2N], in nats."""
-    slope = slopes(model, prompts, sites, targets, kind)
-    values = sized(slope, 1.0)
-    predicted = sum((g * y).sum((1, 2, 3)) for g, y in zip(slope, values))
-    logit = lambda edits: wide(model(prompts.last, prompts.cache, edits)[0][:, -1]).gather(-1, targets[:, None])[:, 0]
-    native, start = logit(()), prompts.cache.length
-    measured = [logit(edits_at(sites, [sign * y for y in values], start)) - native for sign in (1, -1)]
-    return torch.cat([predicted, -predicted]), torch.cat(measured)
+def sign_test(prompts: Prompts, pairs: Table, key: str, kind: str) -> dict:
+    """Does an edit of the natural size along the slope raise the target's first logit as the slope
+    says? `agreement` of the measured rise with ⟨slope, value⟩ over the pairs; prompts: one head, n = 1."""
+    native, targets = prompts.rows(pairs["prompt"]), pairs["target"]
+    keys = edit_keys(native.s, key)
+    rise = slopes(native, keys, targets, kind)
+    values = sized(rise, 1.0, False)
+    before, after = (score(native, keys, x, targets, "logit") for x in (torch.zeros_like(values), values))
+    return agreement(after - before, (rise * values).sum((1, 2, 3))) | dict(n=len(targets))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. Erasing: the same edit with the other sign, an atom's write taken out
-# ---------------------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def taken_out(model: LanguageModel, tokens: Tensor, layer: int, head: int, passage: Tensor, position: Tensor,
-              X: Factored, progress=iter):
-    """Take the matrix X_i out of the head's state right after the write at passage_i, position_i, for N events.
+# --------------------------------------------------------------------------------------------------
+# 8. A population of atoms
+# --------------------------------------------------------------------------------------------------
+@torch.inference_mode()
+def codes(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int,
+          progress=iter) -> Table:
+    """The dominant atom of every write of a text. tokens [n, T] -> a row per token: passage, position,
+    token, index, a, cosine (of a A and the write)."""
+    parts = []
+    for passage in progress(torch.arange(len(tokens)).split(8)):
+        X, = collect(model, tokens[passage], layer, [head])
+        index, a, A = sae.dominant(X)
+        n, T = tokens[passage].shape
+        parts.append(dict(passage=passage.repeat_interleave(T), position=torch.arange(T).repeat(n),
+                          token=tokens[passage].flatten(), index=index, a=a, cosine=cosine(A, X)))
+    return stack(parts)
 
-    tokens [P, T]; passage, position [N]; X with r = 1. Yields (events, change) position by position: indices [n], and
-    log p(edited) − log p(native) for every token, the mean over the write's step and the ten after it, [n, vocab].
+
+@torch.inference_mode()
+def log_p_changes(model: LanguageModel, tokens: Tensor, layer: int, head: int, at: Table,
+                  changes: dict[str, Factored], progress=iter) -> Table:
+    """What is added to the state at the rows of `at`, and what tokens gain by it: change of log p, in
+    nats, the mean over the write's step and the ten after it.
+
+    at: passage, position [N], and token_asked [N] if only one token each is asked for; changes: by
+    name, N matrices each -> by name, [N, vocab] (or [N]).
     """
-    batch = max(1, 60_000_000 // (tokens.shape[1] * model.vocab))
-    for start in range(0, len(tokens), batch):
-        inside = (passage >= start) & (passage < start + batch)
-        if not inside.any():
+    one = "token_asked" in at
+    table = {name: torch.zeros(len(at["passage"]), 1 if one else model.vocab) for name in changes}
+    for p in points(model, tokens, layer, head, at["position"].unique().tolist(), progress=progress):
+        here = (at["position"] == p.t) & torch.isin(at["passage"], p.passage.cpu())
+        events = here.nonzero()[:, 0]
+        if len(events) == 0:
             continue
-        for p in points(model, tokens[start:start + batch], layer, head, position[inside].unique().tolist(), progress):
-            events = (inside & (position == p.t)).nonzero().squeeze(-1)
-            row, out = passage[events] - start, X.rows(events)
-            edit = Edit(layer, head, p.t, -out.keys[:, 0], out.values[:, 0])
-            after, _ = model.run(p.stream.slice(slice(None), row), p.cache.rows(row), [edit], first=layer)
-            change = wide(model.unembed(after)).log_softmax(-1) - p.logits[row].log_softmax(-1)
-            yield events, change.mean(1)
+        row = (at["passage"][events] - p.passage[0].cpu()).to(tokens.device)
+        for name, change in changes.items():
+            gain = (p.branch(change.rows(events.to(tokens.device)), row) - p.logp[row]).mean(1).cpu()
+            table[name][events] = gain.gather(-1, at["token_asked"][events, None]) if one else gain
+    return {name: x[:, 0] if one else x for name, x in table.items()}
 
 
-@torch.no_grad()
-def dominant(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int,
-             cosine_min: float) -> tuple[Factored, Tensor, Tensor, Tensor]:
-    """Over a text [P, T]: the head's writes (r = 1, [P, T, ·]), the dominant atom of each, its coefficient, and whether
-    it fires there (coefficient > 0, cosine at least cosine_min), [P, T] each."""
-    stream, _ = model.run(model.embed(tokens), last=layer)
-    s = model.step_inputs(stream, layer).slice(slice(None), slice(head, head + 1))
-    W = write_of(*(x[:, :, 0] for x in native_write(s, sae.cfg.get("write", "value"))))
-    a, atom = (x.view(tokens.shape) for x in best_atom(sae, Factored(*(x.flatten(0, 1) for x in W))))
-    return W, atom, a, (a > 0) & (cosine(write_of(sae.key_dir[atom], sae.value_dir[atom]), W) >= cosine_min)
+def population_figures(table: Table, cosine_min: float) -> dict:
+    """Of `codes`: how atoms are used, over the firings (a > 0, cosine at least cosine_min).
 
-
-class Erased(NamedTuple):
-    """One row per firing in the test passages: changes of the promoted token's log-probability, mean over eleven steps,
-    in nats."""
-    atom: Tensor          # [N] index into the tested atoms
-    passage: Tensor       # [N]
-    firing: Tensor        # [N] a A taken out where the atom fires
-    elsewhere: Tensor     # [N] the same a A taken out at a random position where the atom does not fire
-    own_share: Tensor     # [N] taken out there: only as much of A as that position's write holds, max(⟨A, k vᵀ⟩, 0)
-
-
-@torch.no_grad()
-def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions: range,
-            generator: torch.Generator, cosine_min: float = 0.71, n_atoms: int = 20, most: int = 75,
-            progress=iter) -> tuple[Tensor, Tensor, Erased]:
-    """Does an atom promote a token? Take it out and see.
-
-    On the even passages: the n_atoms that fire most, and for each the token whose log-probability falls most, on the
-    mean over up to `most` of its firings, when a A is taken out of the state. On the odd passages: how that token's
-    log-probability changes then, and at as many positions where the atom does not fire.
-
-    tokens [P, T]; positions: where writes are looked at. Returns atoms [n_atoms], their tokens [n_atoms], and the
-    changes. Raises InputError where no atom fires in both halves.
+    often_share    share of firings by atoms that fire at least five times
+    token_purity   mean over those atoms of the share of their firings on their most frequent token
+    groups         `two_gaussians` of the atoms' mean cosines with their writes: the paper's registers
+                   (the nearer group) and bundles
     """
-    even, odd = tokens[::2], tokens[1::2]
-    chosen_in, tested_in = (dominant(model, sae, half, layer, head, cosine_min) for half in (even, odd))
-    looked_at = torch.zeros(tokens.shape[1], dtype=torch.bool, device=tokens.device)                        # [T]
-    looked_at[positions] = True
-    count = lambda half: torch.bincount(half[1][half[3] & looked_at], minlength=sae.n_atoms)                # [n_atoms]
-    firings = count(chosen_in) * (count(tested_in) > 0)
-    atoms = firings.topk(min(n_atoms, int((firings > 0).sum()))).indices
-    if len(atoms) == 0:
-        raise InputError("no atom fires in both halves of the passages: take more --passages or a lower --cosine-min")
-
-    def draw(mask: Tensor, n: int) -> Tensor:                 # up to n places [·, 2] where mask: (passage, position)
-        places = (mask & looked_at).nonzero()
-        return places[torch.randperm(len(places), generator=generator)[:n].to(places.device)]
-
-    def firings_of(half) -> tuple[Tensor, Tensor, Tensor]:                        # place [N, 2], index of the atom, a
-        _, atom, a, fires = half
-        places = [draw(fires & (atom == i), most) for i in atoms]
-        place, which = torch.cat(places), torch.cat([torch.full((len(x),), j) for j, x in enumerate(places)])
-        return place, which.to(place.device), a[place[:, 0], place[:, 1]]
-
-    out = lambda which, size: write_of(size[:, None] * sae.key_dir[atoms[which]], sae.value_dir[atoms[which]])
-
-    place, which, size = firings_of(chosen_in)
-    change = torch.zeros(len(atoms), model.vocab, device=tokens.device)           # summed over each atom's firings
-    for events, moved in taken_out(model, even, layer, head, *place.T, out(which, size), progress):
-        change.index_add_(0, which[events], moved.float())
-    promoted = (change / torch.bincount(which, minlength=len(atoms))[:, None]).argmin(-1)
-
-    place, which, size = firings_of(tested_in)
-    W, atom, _, _ = tested_in
-    other = torch.cat([draw(atom != i, int((which == j).sum())) for j, i in enumerate(atoms)])
-    share = inner(out(which, torch.ones_like(size)), sae.measured(W.rows(tuple(other.T)))).relu()
-    places, sizes = torch.cat([place, other, other]), torch.cat([size, size, share])
-    moved_by = torch.zeros(len(places), device=tokens.device)
-    for events, moved in taken_out(model, odd, layer, head, *places.T, out(which.repeat(3), sizes), progress):
-        moved_by[events] = moved.gather(-1, promoted[which.repeat(3)[events], None])[:, 0].float()
-    return atoms.cpu(), promoted.cpu(), Erased(which.cpu(), place[:, 0].cpu(), *moved_by.cpu().chunk(3))
+    here = (table["a"] > 0) & (table["cosine"] >= cosine_min)
+    atoms, which, uses = table["index"][here].unique(return_inverse=True, return_counts=True)
+    often = uses >= 5
+    purity = [table["token"][here][which == i].bincount().max().item() / uses[i].item()
+              for i in often.nonzero()[:, 0].tolist()]
+    dominant = table["a"] > 0
+    alive, group, n = table["index"][dominant].unique(return_inverse=True, return_counts=True)
+    mean_cosine = torch.bincount(group, table["cosine"][dominant].double(), len(alive)) / n
+    return dict(n_firings=int(here.sum()), n_atoms=len(atoms), n_atoms_often=int(often.sum()),
+                often_share=(uses[often].sum() / max(1, int(here.sum()))).item(),
+                token_purity=sum(purity) / len(purity) if purity else math.nan,
+                groups=two_gaussians(mean_cosine[n >= 5]))
 
 
-def sign_flip(difference: Tensor, cluster: Tensor, generator: torch.Generator, draws: int = 10_000) -> float:
-    """Two-sided p of paired differences [N] under the null that signs are arbitrary: the share of draws, each turning
-    the signs of whole clusters [N] (passages) at random, whose |mean| is at least the observed one."""
-    _, group = cluster.unique(return_inverse=True)
-    total = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add_(0, group, difference.double())
-    signs = torch.randint(2, (draws, len(total)), generator=generator).double() * 2 - 1
-    return (1 + ((signs @ total).abs() >= total.sum().abs() * (1 - 1e-12)).sum().item()) / (draws + 1)
+def two_gaussians(x: Tensor, steps: int = 500) -> dict:
+    """Two Gaussians fitted to x [N] by expectation maximisation, from the lower and the upper half.
+
+    Returns n, mean and deviation of both, the nearer to 1 first, and delta_bic, BIC of two minus BIC of
+    one, where BIC = parameters · log N − 2 log likelihood: negative if two are worth their parameters.
+    """
+    if len(x) < 10:
+        return dict(n=[0, 0], mean=[math.nan] * 2, deviation=[math.nan] * 2, delta_bic=math.nan)
+    x = x.double()
+    upper = (x > x.median()).double()
+    share = torch.stack([upper, 1 - upper])                   # [2, N] how far each x belongs to each
+    for _ in range(steps):
+        weight = share.sum(1) / len(x)
+        mean = (share @ x) / share.sum(1)
+        deviation = ((share * (x - mean[:, None]).square()).sum(1) / share.sum(1)).sqrt().clamp_min(1e-3)
+        log_density = weight.log()[:, None] + log_normal(x, mean[:, None], deviation[:, None])
+        share = log_density.softmax(0)
+    one = log_normal(x, x.mean(), x.std(correction=0)).sum()
+    two = log_density.logsumexp(0).sum()
+    order = mean.argsort(descending=True)
+    return dict(n=(weight[order] * len(x)).round().int().tolist(), mean=mean[order].tolist(),
+                deviation=deviation[order].tolist(),
+                delta_bic=((5 - 2) * math.log(len(x)) - 2 * (two - one)).item())
 
 
-def erasure_summary(erased: Erased, generator: torch.Generator) -> dict:
-    """Figures of N firings, in nats (negative: the token loses). p: `sign_flip` over passages, of the firings against
-    the same matrix taken out elsewhere, and of the firings alone."""
-    figures = dict(n_firings=len(erased.firing), n_passages=len(erased.passage.unique()))
-    for name in ("firing", "elsewhere", "own_share"):
-        x = getattr(erased, name).double()
-        figures |= {f"{name}_median": x.median().item(), f"{name}_mean": x.mean().item(),
-                    f"{name}_falls": (x < 0).double().mean().item()}
-    return figures | dict(
-        mean_ci95=cluster_bootstrap(erased.firing, erased.passage, generator),
-        p_paired=sign_flip(erased.firing - erased.elsewhere, erased.passage, generator),
-        p_firing=sign_flip(erased.firing, erased.passage, generator))
+def log_normal(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """The log density of a Gaussian."""
+    return -0.5 * ((x - mean) / deviation).square() - deviation.log() - 0.5 * math.log(2 * math.pi)
+
+
+@torch.inference_mode()
+def passage_test(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions,
+                 cosine_min: float, generator: torch.Generator, progress=iter) -> Table:
+    """All firings of a passage at once: bits per token (over the tokens after the first position) of
+    the unmodified model (native), with their writes deleted, with their atoms in the writes' places,
+    and with random rank-1 matrices of the writes' norms there. tokens [n, T] -> a row per passage."""
+    parts = []
+    for batch in progress(tokens.split(16)):
+        n, T = batch.shape
+        X, = collect(model, batch, layer, [head])
+        _, a, A = sae.dominant(X)
+        fires = (a > 0) & (cosine(A, X) >= cosine_min)
+        R = random_direction(X, generator).times(inner(X, X).sqrt())
+        part = dict(firings=fires.view(n, T)[:, positions].sum(1))
+        for name, Y in dict(native=X, delete=X.times(0 * a), atom=A, random=R).items():
+            change = Y.minus(X).times(fires.to(a.dtype))               # nothing where no atom fires
+            edits = [Edit(layer, head, t, change.keys.unflatten(0, (n, T))[:, t, r],
+                          change.values.unflatten(0, (n, T))[:, t, r])
+                     for t in positions for r in range(change.keys.shape[1])]
+            logits, _ = model(batch, edits=() if name == "native" else edits)
+            nats = F.cross_entropy(logits[:, positions[0]:-1].mT, batch[:, positions[0] + 1:],
+                                   reduction="none")
+            part["bits_" + name] = nats.mean(1) / math.log(2)
+        parts.append(part)
+    return stack(parts)
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. Erasing: an atom taken out where it fires
+# --------------------------------------------------------------------------------------------------
+@torch.inference_mode()
+def promoted_tokens(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int,
+                    at: Table, atoms: Tensor, progress=iter) -> Tensor:
+    """The token that each atom promotes, by the formula alone, [n_atoms]: nothing is edited for it.
+
+    argmax over the vocabulary of the mean, over the atom's firings and eleven steps, of rung "gated",
+
+        ⟨W_U[token], W_O (gate_t · (u_t · q_t) a value)⟩
+
+    at: `codes` of firings of these atoms; tokens [P, T].
+    """
+    block, seen = model.layers[layer], torch.zeros(len(atoms), model.layers[layer].mixer.V).to(tokens.device)
+    for passages in progress(at["passage"].unique().split(16)):
+        some = {name: x[torch.isin(at["passage"], passages)].to(tokens.device) for name, x in at.items()}
+        stream, _ = model.run(model.embed(tokens[passages]), last=layer)
+        o, s, rest = all_heads(block, stream, {})
+        gate, _ = block.mixer.gate_and_scale(o, s, rest)
+        row = torch.searchsorted(passages.to(tokens.device), some["passage"])[:, None]
+        time = some["position"][:, None] + torch.arange(HORIZONS, device=tokens.device)       # [n, 11]
+        s = StepInputs(*(None if x is None else x[row, time, head, None] for x in s))
+        A = sae.decode(some["index"][:, None], some["a"][:, None])
+        moved = gate[row, time, head] * moved_reads(A, s)                                  # [n, 11, V]
+        which = (some["index"][:, None] == atoms.to(tokens.device)).int().argmax(1)
+        seen.index_add_(0, which, moved.mean(1))
+    promoted = seen @ model.out_map(layer)[:, head].T @ at_least_fp32(model.unembedding).T
+    return promoted.argmax(-1).cpu()
+
+
+def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions,
+            choosing: Tensor, generator: torch.Generator, cosine_min: float = 0.71, n_atoms: int = 20,
+            most: int = 75, progress=iter) -> Table:
+    """Does an atom promote a token? Take it out where it fires, and see whether that token falls.
+
+    On the choosing passages: the n_atoms that fire most, and for each the token that it promotes by
+    the formula (`promoted_tokens`). On the others, at up to `most` firings of each: the change of that
+    token's log p when a matrix of norm ‖a A‖ is taken out of the state,
+        atom         a A itself
+        random       a random direction there: what any matrix of this size does
+        other        another atom of the dictionary there
+        elsewhere    a A at a position of the same passage where the atom does not fire
+    The token was not chosen by an edit, so that `random` is centred on zero.
+
+    tokens [P, T]; choosing [P], true or false. Returns a row per firing: `codes`' columns, token_asked,
+    and the four. Raises InputError where no atom fires on both sides.
+    """
+    table = codes(model, sae, tokens, layer, head, progress)
+    positions = torch.tensor(list(positions))
+    fires = (table["a"] > 0) & (table["cosine"] >= cosine_min) & torch.isin(table["position"], positions)
+    chooses = fires & choosing.cpu()[table["passage"]]
+    uses = torch.bincount(table["index"][chooses], minlength=sae.n_atoms)
+    atoms = uses.topk(min(n_atoms, int((uses > 0).sum()))).indices
+    firings = [(fires & ~chooses & (table["index"] == atom)).nonzero()[:, 0] for atom in atoms]
+    drawn = [x[torch.randperm(len(x), generator=generator)[:most]] for x in firings]
+    if sum(map(len, drawn)) == 0:
+        raise InputError("no atom fires in both halves of the files: take more --passages or a lower "
+                         "--cosine-min")
+    chosen = {name: x[chooses & torch.isin(table["index"], atoms)] for name, x in table.items()}
+    promoted = promoted_tokens(model, sae, tokens, layer, head, chosen, atoms, progress)
+    at = {name: x[torch.cat(drawn)] for name, x in table.items()}
+    at["token_asked"] = promoted.repeat_interleave(torch.tensor([len(x) for x in drawn]))
+
+    index, a = at["index"][:, None].to(tokens.device), at["a"][:, None].to(tokens.device)
+    A = sae.decode(index, a)
+    size = inner(A, A).sqrt()
+    shift = torch.randint(1, max(2, sae.n_atoms), index.shape, generator=generator).to(index.device)
+    B = sae.decode((index + shift) % sae.n_atoms, a)
+    changes = dict(atom=A.times(-torch.ones_like(size)), other=B.times(-size / inner(B, B).sqrt()),
+                   random=random_direction(Factored(A.keys[:, :1], A.values[:, :1]), generator).times(size))
+    at |= log_p_changes(model, tokens, layer, head, at, changes, progress)
+    silent = table["index"].view(tokens.shape)[at["passage"]][:, positions] != at["index"][:, None]
+    place = (torch.rand(silent.shape, generator=generator) * silent).argmax(1)       # one of the silent
+    away = at | dict(position=positions[place])
+    changes = dict(elsewhere=changes["atom"])
+    return at | log_p_changes(model, tokens, layer, head, away, changes, progress)
+
+
+def erasure_figures(table: Table, generator: torch.Generator) -> dict:
+    """Figures of N firings, in nats (negative: the token falls). effect: mean of atom minus random,
+    paired; its interval draws whole files again (column "file")."""
+    figures = dict(n_firings=len(table["atom"]))
+    for name, column in dict(firing="atom", random="random", other_atom="other",
+                             elsewhere="elsewhere").items():
+        x = table[column].double()
+        figures |= {name + "_median": x.median().item(), name + "_mean": x.mean().item(),
+                    name + "_falls": (x < 0).double().mean().item()}
+    effect = table["atom"] - table["random"]
+    return figures | dict(effect=effect.double().mean().item(), n_files=len(table["file"].unique()),
+                          effect_ci95=cluster_bootstrap(effect, table["file"], generator))
