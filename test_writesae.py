@@ -3,12 +3,15 @@
 Every shape here has K ≠ V, because square heads hide transposed ones.
 """
 import ast
+import doctest
 import json
 import math
 import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 # before imports
 os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -845,8 +848,7 @@ def test_taking_an_atom_out_is_a_full_forward_pass_with_the_edit(kind):
     table = writesae.codes(model, sae, tokens, 1, 2)
     rows = torch.tensor([2 * 30 + 9, 0 * 30 + 5, 3 * 30 + 9])
     at = {name: x[rows] for name, x in table.items()}
-    A = sae.decode(at["index"][:, None], -at["a"][:, None])
-    change = writesae.log_p_changes(model, tokens, 1, 2, at, dict(out=A))["out"]
+    change = writesae.taken_out(model, sae, tokens, 1, 2, at)
     for row, i in zip(change, rows.tolist()):
         t, one = i % 30, tokens[i // 30][None]
         A = sae.decode(table["index"][i, None, None], table["a"][i, None, None])
@@ -887,3 +889,407 @@ def test_a_passage_with_its_atoms_in_place_by_hand():
         nll = -logp.gather(-1, tokens[:, 5:, None])[..., 0]
         torch.testing.assert_close(table["bits_" + name], nll.mean(1) / math.log(2), atol=1e-4, rtol=1e-4)
     assert (table["firings"] <= 25).all() and (table["bits_atom"] != table["bits_random"]).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Wrong inputs: one line, status 2, nothing written
+# --------------------------------------------------------------------------------------------------
+def broken(folder, kind: str):
+    """A tiny Mamba-2 checkpoint in folder, then spoiled."""
+    from safetensors.torch import load_file, save_file
+    models.save(tiny_model("mamba2"), tiny_config("mamba2"), str(folder))
+    path, config = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(path)
+    name = "backbone.layers.1.mixer.A_log"
+    if kind == "missing":
+        del tensors[name]
+    elif kind == "unexpected":
+        tensors["backbone.layers.1.mixer.extra"] = torch.zeros(2)
+    elif kind == "shape":
+        tensors[name] = torch.zeros(3)
+    elif kind == "quantised":
+        tensors[name] = torch.zeros(8, dtype=torch.int8)
+    elif kind == "NaN":
+        tensors[name][0] = math.nan
+    save_file(tensors, path)
+    whole, settings = path.read_bytes(), json.loads(config.read_text())
+    contents = {"truncated": whole[:1000], "empty": b"", "a web page": b"<!DOCTYPE html><html>",
+                "LFS": b"version https://git-lfs.github.com/spec/v1\n", "a hidden pickle": b"\x80\x04\x95" + whole}
+    if kind in contents:
+        path.write_bytes(contents[kind])
+    elif kind == "pickle":
+        path.rename(folder / "pytorch_model.bin")
+    elif kind == "outside":
+        index = {"weight_map": {name: "../model.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    changes = {"model_type": dict(model_type="llama"), "Mamba-1": dict(model_type="mamba"),
+               "a size that is text": dict(num_heads="eight"), "a size of zero": dict(n_groups=0),
+               "an absurd size": dict(num_hidden_layers=10 ** 9), "sizes that do not divide": dict(n_groups=3)}
+    config.write_text("{" if kind == "config" else json.dumps(settings | changes.get(kind, {})))
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("missing", "A_log is missing"), ("unexpected", "mixer.extra"), ("shape", r"A_log is \[3\]"),
+    ("quantised", "holds I8"), ("NaN", "A_log holds NaN"), ("truncated", "cannot be read"),
+    ("empty", "cannot be read"), ("a web page", "web page"), ("LFS", "git-LFS pointer"),
+    ("a hidden pickle", "is a pickle"), ("pickle", "is a pickle"), ("outside", "outside the folder"),
+    ("config", "no JSON"), ("model_type", "llama"), ("Mamba-1", "this is Mamba-1"),
+    ("a size that is text", "num_heads is 'eight'"), ("a size of zero", "n_groups is 0"),
+    ("an absurd size", "num_hidden_layers is 1000000000"), ("sizes that do not divide", "must divide")])
+def test_a_spoiled_checkpoint_is_refused_by_name(tmp_path, kind, message):
+    broken(tmp_path, kind)
+    with pytest.raises(InputError, match=message) as error:
+        load(str(tmp_path))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """Whole tiny checkpoints of the three models with a tokenizer, and their logits."""
+    from tokenizers import Tokenizer, models as kinds
+    made = {}
+    for kind in ARCHITECTURES:
+        folder = tmp_path_factory.mktemp(kind)
+        config = tiny_config(kind, num_hidden_layers=2)
+        models.save(shake(models.build(config), 5), config, str(folder))
+        Tokenizer(kinds.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
+        model = load(str(folder))
+        assert models.load_tokenizer(model).encode("a") == [0]
+        made[kind] = folder, model(random_tokens(0, T=5))[0]
+    return made
+
+
+DAMAGES = ("cut", "flip a bit", "extend", "empty", "web page", "random bytes", "a key away", "a wrong value")
+
+
+@settings(max_examples=int(os.environ.get("DAMAGED", 150)))
+@given(st.sampled_from(ARCHITECTURES), st.sampled_from(["config.json", "model.safetensors", "tokenizer.json"]),
+       st.sampled_from(DAMAGES), st.integers(0, 10 ** 6), st.sampled_from(
+           [None, "x", [], {}, -1, 0, 1.5, 1e308, True, 10 ** 30, [1, 2], {"a": 1}]))
+def test_a_damaged_file_is_refused_in_one_line_or_does_no_harm(sound, kind, file, damage, where, value):
+    folder, logits = sound[kind]
+    path = folder / file
+    whole = path.read_bytes()
+    at, noise = where % len(whole), random_tokens(where, B=1, T=100, vocab=256)[0].tolist()
+    data = {"cut": whole[:at], "empty": b"", "extend": whole + bytes(noise), "web page": b"<html>not here",
+            "random bytes": bytes(noise)}.get(damage, whole)
+    if damage == "flip a bit":
+        data = whole[:at] + bytes([whole[at] ^ 1 << where % 8]) + whole[at + 1:]
+    elif damage in ("a key away", "a wrong value") and file.endswith(".json"):
+        content = json.loads(whole)
+        key = sorted(content)[where % len(content)]
+        content[key] = value
+        if damage == "a key away":
+            del content[key]
+        data = json.dumps(content).encode()
+    try:
+        path.write_bytes(data)
+        model = load(str(folder))
+        models.load_tokenizer(model).encode("a b")
+        ours = model(random_tokens(0, T=5))[0]
+        if file == "tokenizer.json" or data == whole:
+            torch.testing.assert_close(ours, logits)
+    except InputError as error:
+        assert "\n" not in str(error) and len(str(error)) < 500
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{}", "no tokenizer"), ("<html>", "no JSON"), ("[1]", "no JSON object"), ("", "no JSON")])
+def test_a_tokenizer_that_is_none_is_refused(sound, tmp_path, content, message):
+    shutil.copytree(sound["mamba2"][0], tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        models.load_tokenizer(load(str(tmp_path / "m")))
+
+
+def test_a_tokenizer_of_another_model_is_refused(sound, tmp_path):
+    from tokenizers import Tokenizer, models as kinds
+    shutil.copytree(sound["mamba2"][0], tmp_path / "m")
+    words = {f"w{i}": i for i in range(62)}
+    Tokenizer(kinds.WordLevel(words, unk_token="w0")).save(str(tmp_path / "m" / "tokenizer.json"))
+    with pytest.raises(InputError, match="ids up to 61, the embedding has 61 rows"):
+        models.load_tokenizer(load(str(tmp_path / "m")))
+
+
+@given(st.sampled_from(["cut", "flip", "cfg"]), st.integers(0, 10 ** 6), st.sampled_from(
+    ["n_atoms", "K", "active", "encoder", "decoder", "sparsity"]), st.sampled_from(
+        [None, "x", [], -1, 0, 1.5, 10 ** 12, 7, {"a": 1}]))
+def test_a_damaged_sae_is_refused_in_one_line_or_does_no_harm(tmp_path_factory, damage, where, key, value):
+    from safetensors.torch import load_file, save_file
+    path = tmp_path_factory.mktemp("sae") / "a.safetensors"
+    sae = random_sae(0)
+    sae.save(str(path))
+    whole = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(whole[:where % len(whole)])
+    elif damage == "flip":
+        at = where % len(whole)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << where % 8]) + whole[at + 1:])
+    else:
+        save_file(load_file(path), path, metadata={"cfg": json.dumps(sae.cfg | {key: value})})
+    try:
+        again = WriteSAE.load(str(path))
+        assert again.encode(random_writes(0))[1].shape[0] == 9
+    except InputError as error:
+        assert "\n" not in str(error)
+
+
+GDN = ["--model", "gdn"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["replace", "--model", "nothing-like-it"], "neither a folder nor a hub id"),
+    (["replace", "--model", "nobody/no-such-model"], "could not be fetched"),
+    (["replace", *GDN, "--layer", "3"], "full attention.*recurrent layers: 0, 1, 2"),
+    (["replace", *GDN, "--layer", "9"], "layer 9"),
+    (["replace", *GDN, "--layer", "first"], "a number or all"),
+    (["replace", *GDN, "--head", "4"], "heads 0..3"),
+    (["replace", *GDN, "--text", "no-such-file"], "cannot be read"),
+    (["replace", *GDN, "--text", "SHORT"], "passages of 128 tokens"),
+    (["replace", *GDN, "--text", "BYTES"], "not UTF-8"),
+    (["replace", *GDN, "--text", "FOLDER"], "holds no UTF-8 text file"),
+    (["replace", *GDN, "--sae", "SHORT"], "holds no WriteSAE"),
+    (["replace", *GDN, "--sae", "checkpoints/rwkv7/sae-L1H0.safetensors"], "architecture rwkv7"),
+    (["replace", *GDN, "--head", "1", "--sae", "checkpoints/gdn/sae-L1H0.safetensors"], "head 0, here it is 1"),
+    (["replace", *GDN, "--quick", "--json", "no-such-folder/x.json"], "cannot be written"),
+    (["replace", "--device", "abacus"], "abacus"),
+    (["replace", "--passages", "0"], "at least 1"),
+    (["replace", "--magnitude", "3"], "unrecognized arguments: --magnitude"),
+    (["formula", "--atom", "3"], "unrecognized arguments"),
+    (["formula", *GDN, "--cosine-min", "1.1", "--quick"], "no atom fires"),
+    (["steer", *GDN, "--prompt", "def f", "--target", "not one token"], "3 tokens.*'not', ' one'"),
+    (["steer", *GDN, "--prompt", "", "--target", "x"], "give a text as --prompt"),
+    (["steer", *GDN, "--prompt", "x", "--target", "x"], "1 tokens; its last 3 are edited"),
+    (["steer", *GDN, "--prompt", "def f(x): return"], "one token as --target"),
+    (["steer", "--magnitude", "nan"], "finite"),
+    (["steer", "--magnitude", "-1"], "finite numbers from 0"),
+    (["steer", *GDN, "--head", "all"], "one cell"),
+    (["erase", *GDN, "--cosine-min", "2", "--quick"], "no atom fires"),
+    (["atoms", *GDN, "--quick", "--atom", "99999"], "atoms 0 to 16383"),
+    (["train", *GDN], "exists; --force writes over it"),
+    (["train", *GDN, "--active", "9", "--atoms", "4", "--quick"], "9 active atoms of 4"),
+    (["pretrain", "--model", "gpt"], "allowed are gdn"),
+    (["pretrain", *GDN], "holds a model; --force"),
+    (["dance"], "invalid choice"),
+])
+def test_a_wrong_command_ends_in_one_line(tmp_path, capsys, arguments, message):
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00abc")
+    (tmp_path / "folder").mkdir()
+    here = {"SHORT": "short.txt", "BYTES": "bytes.txt", "FOLDER": "folder"}
+    arguments = [str(tmp_path / here[a]) if a in here else a for a in arguments]
+    arguments = [os.path.join(HERE, a) if a.startswith("checkpoints/") else a for a in arguments]
+    assert run.main(arguments) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.search(message, errors[0]), errors
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands and the README
+# --------------------------------------------------------------------------------------------------
+def test_replace_quick_end_to_end(tmp_path, capsys):
+    out, records, figure = tmp_path / "r.json", tmp_path / "r.jsonl", tmp_path / "r.png"
+    assert run.main(["replace", "--quick", "--json", str(out), "--records", str(records),
+                     "--plot", str(figure)]) == 0
+    results = json.loads(out.read_text())
+    assert [r["model"] for r in results] == list(ARCHITECTURES)
+    for r in results:
+        assert r["win_rate_all"] > 0.7 and r["recovered_pooled_all"] > 0.3
+        assert r["median_kl"]["native"] < 1e-4 and r["untrained"]["coverage"] < r["coverage"]
+        assert len(r["by_horizon"]) == 11 and r["by_coverage"][0]["coverage"] == 1
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    assert len(lines) == sum(r["n_positions"] for r in results) and len(lines[0]["kl_atom"]) == 11
+    printed = capsys.readouterr().out
+    assert "untrained writes" in printed and "the paper" in printed
+    assert figure.read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("what", ["sizes", "active", "seeds"])
+def test_compare_quick_end_to_end(tmp_path, what, monkeypatch):
+    monkeypatch.setitem(run.COMPARED, "sizes", (64, 256))
+    monkeypatch.setitem(run.COMPARED, "active", (1, 4))
+    out = tmp_path / "c.json"
+    arguments = ["compare", "--model", "mamba2", "--what", what, "--quick", "--json", str(out)]
+    assert run.main(arguments + ["--plot", str(tmp_path / "c.png")]) == 0
+    rows = json.loads(out.read_text())
+    keys = {"what", "name", "encoder", "decoder", "sparsity", "source", "n_atoms", "active", "trained",
+            "parameters", "fvu", "dead", "coverage", "win_rate_all", "recovered_pooled_all",
+            "projected_win_rate", "seconds"}
+    assert all(keys <= set(row) for row in rows) and {row["trained"] for row in rows} == {True, False}
+    by_name = {row["name"]: row for row in rows}
+    if what == "sizes":
+        assert by_name["256"]["fvu"] < by_name["64"]["fvu"] < by_name["64 untrained"]["fvu"]
+    elif what == "active":
+        assert by_name["1"]["whole_recovered_all"] == pytest.approx(by_name["1"]["recovered_pooled_all"])
+        assert by_name["4"]["fvu"] < by_name["1"]["fvu"]
+    else:
+        assert by_name["seed 0"]["found_again"] > by_name["untrained 1"]["found_again"]
+
+
+def test_atoms_quick_end_to_end(tmp_path, capsys):
+    out = tmp_path / "a.json"
+    assert run.main(["atoms", *GDN, "--quick", "--json", str(out), "--plot", str(tmp_path / "a.png")]) == 0
+    described = json.loads(out.read_text())
+    first, printed = described[0], capsys.readouterr().out
+    assert {"population", "passage_test", "token_purity", "promoted", "contexts"} <= set(first)
+    assert all(len(d["contexts"]) <= 5 and "⟦" in d["contexts"][0] for d in described)
+    bits = first["passage_test"]
+    assert bits["bits_native"] < bits["bits_delete"] and f"{first['n_firings']}" in printed
+    assert run.main(["atoms", *GDN, "--quick", "--atom", str(first["atom"]), "--json", str(out)]) == 0
+    one, = json.loads(out.read_text())
+    assert one["atom"] == first["atom"] and one["n_firings"] == first["n_firings"]
+
+
+def test_cells_shared_out_by_torchrun_give_the_same_results(tmp_path):
+    command = [os.path.join(HERE, "run.py"), "replace", "--model", "mamba2", "--head", "all", "--layer", "1",
+               "--quick", "--passages", "4", "--saes", str(tmp_path)]
+    for head in range(8):
+        sae = WriteSAE(64, 32, 32, architecture="mamba2", model="mamba2", layer=1, head=head, source="write",
+                       cosine_min=0.71, seed=0, metric="read")
+        writes = random_writes(head, n=64, K=32, V=32)
+        sae.start(torch.arange(64), writes)
+        sae.save(str(tmp_path / f"sae-L1H{head}.safetensors"))
+    results = []
+    for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]):
+        out = tmp_path / f"{len(launcher)}.json"
+        done = subprocess.run(launcher + command + ["--json", str(out)], capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "8 cells: mean" in done.stdout
+        results.append([{k: v for k, v in r.items() if k != "seconds"} for r in json.loads(out.read_text())])
+    assert [r["head"] for r in results[0]] == list(range(8)) and results[0] == results[1]
+
+
+def test_training_writes_a_file_of_its_own_and_none_over(tmp_path, capsys):
+    arguments = ["train", "--model", "mamba2", "--head", "all", "--quick", "--atoms", "32", "--saes", str(tmp_path)]
+    assert run.main(arguments) == 0
+    files = sorted(os.listdir(tmp_path))
+    assert files == [f"sae-atoms-32-L1H{head}.safetensors" for head in range(8)]
+    (tmp_path / files[3]).unlink()
+    before = {f: (tmp_path / f).stat().st_mtime_ns for f in files if f != files[3]}
+    assert run.main(arguments) == 0                                        # goes on where it was stopped
+    assert all((tmp_path / f).stat().st_mtime_ns == t for f, t in before.items()) and (tmp_path / files[3]).exists()
+    sae = WriteSAE.load(str(tmp_path / files[5]))
+    assert (sae.n_atoms, sae.cfg["head"], sae.cfg["method"]) == (32, 5, "alternating updates")
+
+
+def test_copies_of_training_text_are_left_out():
+    lines = {"a = 1", "b = 2", "c = 3"}
+    assert run.copied("ut off\na = 1\nb = 2\nc =", lines) and not run.copied("a = 1\nx = 2\nc = 3", lines)
+    assert not run.copied("one line", lines)
+    tokenizer = models.Tokenizer(lambda text: list(text.encode()), lambda ids: bytes(ids).decode())
+    files = {"own": "x = 1\ny = 2\n" * 50, "copy": "a = 1\nb = 2\n" * 50}
+    passages = run.windows(tokenizer, files, 9, 60, {"t": "a = 1\nb = 2"})
+    assert passages.tokens.shape == (9, 60) and (passages.file == 0).all()
+    with pytest.raises(InputError, match="10 passages of 60 tokens that are no copies"):
+        run.windows(tokenizer, files, 11, 60, {"t": "a = 1\nb = 2"})
+
+
+def test_own_text_trains_and_is_held_out(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(f"passage {i} " * 400)
+    args = run.parse(["replace", "--train-text", str(tmp_path)])
+    training, tested = run.choose_text(args)
+    assert training and tested and not set(training) & set(tested) and len(training) + len(tested) == 30
+    assert "text-" in run.sae_file(load(os.path.join(HERE, "checkpoints", "gdn")), 1, 0, args)
+
+
+def test_pretrain_goes_on_as_if_it_had_never_stopped(tmp_path, monkeypatch, capsys):
+    """Ten steps on this project's own text: whole, and stopped after five; the weights are the same to
+    the bit, and the folder is in the hub's layout."""
+    sources = [open(os.path.join(HERE, name), encoding="utf-8").read() for name in ("models.py", "run.py")]
+    monkeypatch.setattr(run, "python_text", lambda: {f"{i}.py": s for i, s in enumerate(sources * 8)})
+    monkeypatch.setattr(run, "CONTEXT", 32)
+    monkeypatch.setattr(run, "BATCH", 2)
+    monkeypatch.setattr(run, "SAVE_EVERY", 5)
+    arguments = ["pretrain", "--model", "mamba2", "--tokens", "640", "--out"]
+    assert run.main(arguments + [str(tmp_path / "whole")]) == 0
+    real, steps = run.TrainingRun.step, []
+
+    def stop_at_seven(self, step, x):
+        steps.append(step)
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+        return real(self, step, x)
+    monkeypatch.setattr(run.TrainingRun, "step", stop_at_seven)
+    assert run.main(arguments + [str(tmp_path / "halved")]) == 130
+    assert run.main(arguments + [str(tmp_path / "halved")]) == 0
+    assert "going on from step 5" in capsys.readouterr().err and steps[8:] == [5, 6, 7, 8, 9]
+    folders = [tmp_path / name / "mamba2" for name in ("whole", "halved")]
+    for folder in folders:
+        assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert folders[0].joinpath("model.safetensors").read_bytes() == folders[1].joinpath(
+        "model.safetensors").read_bytes()
+    tokenizer = models.load_tokenizer(load(str(folders[0])))
+    assert tokenizer.decode(tokenizer.encode("def f(x): return x")) == "def f(x): return x"
+
+
+def test_bits_per_byte_by_hand(monkeypatch):
+    """A model that gives every token the same chance: log2(vocab) bits a token, over the bytes."""
+    model = tiny_model("mamba2")
+    model.norm.weight.zero_()
+    bits = run.bits_per_byte(model, random_tokens(0, B=1, T=1100)[0], 2.5)
+    assert bits == pytest.approx(math.log2(61) / 2.5, rel=1e-5)
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+
+    def fail(temporary):
+        open(temporary, "w").write("half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        models.save_then_rename(fail, str(path))
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
+    with pytest.raises(InputError, match="cannot be written"):
+        models.write_text(str(tmp_path / "none" / "x.json"), "new")
+
+
+def test_training_comes_first_where_there_is_no_sae(tmp_path, capsys):
+    shutil.copytree(os.path.join(HERE, "checkpoints", "rwkv7"), tmp_path / "m")
+    for file in (tmp_path / "m").glob("sae*"):
+        file.unlink()
+    assert run.main(["replace", "--model", str(tmp_path / "m"), "--quick", "--source", "state"]) == 0
+    assert "training one first" in capsys.readouterr().err
+    assert not list((tmp_path / "m").glob("sae*"))                                  # --quick keeps nothing
+
+
+def test_world_tokenizer_takes_the_longest_match(tmp_path):
+    entries = [b"a", b"b", b"ab", "é".encode(), b"\xc3", b"\xa9", b" "]
+    lines = [f"{i + 1} {e.decode()!r} {len(e)}\n" if e.isascii() or len(e) > 1 else f"{i + 1} {e!r} {len(e)}\n"
+             for i, e in enumerate(entries)]
+    (tmp_path / "v.txt").write_text("".join(lines), encoding="utf-8")
+    tokenizer, most = models.world_tokenizer(str(tmp_path / "v.txt"))
+    assert tokenizer.encode("abba é") == [3, 2, 1, 7, 4] and most == 7
+    assert tokenizer.decode([3, 2, 1, 7, 4]) == "abba é"
+    with pytest.raises(InputError, match="no entry for the byte"):
+        tokenizer.encode("c")
+
+
+def test_a_table_aligns_and_shows_what_is_missing(capsys):
+    printer = run.TablePrinter({"name ": "{name}", "rate": "{rate:.1%}", "deep": "{x[0][y]}"})
+    printer.print(dict(name="a", rate=0.123, x=[dict(y=3)]))
+    printer.print(dict(name="long", rate=math.nan))
+    assert capsys.readouterr().out.splitlines() == ["name    rate  deep", "a      12.3%     3", "long       -     -"]
+
+
+def test_the_readme_names_what_exists():
+    for file in ("README.md", os.path.join("figures", "README.md")):
+        text = open(os.path.join(HERE, file), encoding="utf-8").read()
+        for command in re.findall(r"^(?:\$ )?python run\.py (.*?)(?:\s+#.*)?$", text, re.M):
+            run.parse(shlex.split(command))
+        for module, name in re.findall(r"`(models|writesae|run)\.(\w+)", text):
+            if name != "py":
+                assert hasattr({"models": models, "writesae": writesae, "run": run}[module], name), name
+
+
+def test_every_public_function_has_a_docstring_and_its_example_holds():
+    for module in (models, writesae, run):
+        tree = ast.parse(open(module.__file__, encoding="utf-8").read())
+        bare = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+                and not n.name.startswith("_") and not ast.get_docstring(n)]
+        assert not bare, f"{module.__name__}: {bare}"
+        assert doctest.testmod(module).failed == 0

@@ -886,75 +886,32 @@ RANKS = (1, 2, 3, 4, 5, 10, 50)      # of the tokens whose logits are predicted,
 
 
 def all_heads(block: nn.Module, stream: Stream, cache: dict):
-    """A recurrent layer's reads o [B, T, H, V], its six tensors and the rest that its output needs."""
+    """A recurrent layer's reads o [B, T, H, V], its six tensors, and what else its output needs."""
     s, rest, _ = block.mixer.inputs(block.norm1(stream.x), cache, stream.v_first)
     o, _ = recurrence_chunked(s, cache.get("state"))
     return o, s, rest
 
 
 def moved_reads(change: Factored, s: StepInputs) -> Tensor:
-    """How far a head's reads move if `change` is added to its state after the first step, exactly:
-
-        δo_t = Σ_r (u_t · q_t) value_r        u_0 = key_r, u_t = A_t u_{t-1} (models.propagate)
-
-    change [N, r, ·]; s: the six tensors of that head, H = 1, over T steps -> [N, T, V].
-    """
+    """How a change of a head's state moves its reads: δo_t = Σ_r (u_t · q_t) value_r, u_t = A_t u_{t-1}
+    from key_r on (models.propagate). change [N, r, ·], s [N, T, 1, ·] -> [N, T, V]"""
     delta_o = 0
     for key, value in zip(change.keys.unbind(1), change.values.unbind(1)):
-        gain, _ = propagate(key[:, None], s)                                         # [N, T, 1]
+        gain, _ = propagate(key[:, None], s)                                           # [N, T, 1]
         delta_o = delta_o + gain * value[:, None]
     return delta_o
 
 
 def norm_slope(norm: nn.Module, x: Tensor) -> Tensor:
-    """What a norm of x multiplies each channel by, weight / rms(x) (LayerNorm: weight / std(x)):
-    its slope if these statistics are held fixed. -> [..., D]"""
-    x = at_least_fp32(x)
+    """What a norm multiplies each channel of x by: weight / rms, a LayerNorm weight / std."""
     if isinstance(norm, nn.LayerNorm):
         return norm.weight * (x.var(-1, keepdim=True, correction=0) + norm.eps).rsqrt()
     return (norm.offset + norm.weight) * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
 
 
-def factor_rungs(p: Point, change: Factored, targets: Tensor) -> dict[str, Tensor]:
-    """The rungs that are products of factors read off the native run, [P, 11, n] each.
-
-    A recurrent layer's output is, summed over heads (models.py, `gate_and_scale`),
-
-        y = Σ_heads W_O (gate · scale · o) + what o does not reach          W_O [D, V]: the head's slice
-        gate  = silu(z) w (Gated DeltaNet, Mamba-2), g w (RWKV-7); w: the weight of the head's norm
-        scale = 1/rms or 1/std of what that norm is given
-
-    and with no layer after it logit = ⟨W_U[token], final norm(x + y)⟩. Hold the norms' statistics
-    fixed, and all of this is linear in δo:
-
-        three factors       ⟨W_U, W_O δo⟩ with u_t = decay_t u_{t-1}: the gates alone (the paper)
-        exact transition    ⟨W_U, W_O δo⟩ with u_t = A_t u_{t-1}: + the erase
-        gated               ⟨W_U, W_O (gate · δo)⟩: a gate may be negative, so without it even the sign is open
-        gated and scaled    ⟨W_U, w_f/rms · W_O (gate · scale · δo)⟩: + units; scales are positive
-    """
-    model = p.model
-    block, cache = model.layers[p.layer], p.cache.layers[p.layer]
-    gate, scale = block.mixer.gate_and_scale(*all_heads(block, p.stream, cache))
-    gate, scale = gate[:, :, p.head], scale[:, :, p.head]                      # [P, 11, V], [P, 11, 1]
-    last, _ = model.run(p.stream, p.cache, first=p.layer)
-    final = norm_slope(model.norm, last.x)                                              # [P, 11, D]
-    W_O = model.out_map(p.layer)[:, p.head]                                                  # [D, V]
-    W_U = at_least_fp32(model.unembedding[targets])                                       # [P, n, D]
-
-    def logits(delta_x: Tensor) -> Tensor:
-        return delta_x @ W_U.mT                                             # [P, 11, D] -> [P, 11, n]
-
-    gates_alone = p.s._replace(erase_in=None, erase_out=None)
-    delta_o = moved_reads(change, p.s)                                                  # [P, 11, V]
-    return {"three factors": logits(moved_reads(change, gates_alone) @ W_O.T),
-            "exact transition": logits(delta_o @ W_O.T),
-            "gated": logits((gate * delta_o) @ W_O.T),
-            "gated and scaled": logits(final * ((gate * scale * delta_o) @ W_O.T))}
-
-
 def slope(f, at: Tensor) -> Tensor:
-    """df/dε of a function of a number, at ε = at, by forward-mode differentiation."""
-    with sdpa_kernel(SDPBackend.MATH):                       # the one attention that can do it
+    """df/dε of a function of a number at ε = at, by forward-mode differentiation."""
+    with sdpa_kernel(SDPBackend.MATH):                  # the attention that can be differentiated so
         _, derivative = torch.func.jvp(f, (at,), (torch.ones_like(at),))
     return derivative
 
@@ -962,23 +919,43 @@ def slope(f, at: Tensor) -> Tensor:
 def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Nine predictions of how logits move at t..t+10 if `change` is added to the state after t.
 
-    The first rungs are `factor_rungs`; "fitted" is the first of them times one least-squares scalar
-    per edit and token (the paper's appendix). The others are slopes of functions of ε that apply ε
-    times the change:
+    A layer's output is y = Σ_heads W_O (gate · scale · o) + what o does not reach, with
+        gate  = silu(z) w (Gated DeltaNet, Mamba-2), g w (RWKV-7); w is the weight of the head's norm
+        scale = 1/rms or 1/std of what that norm is given (models.py, `gate_and_scale`)
+    If no layer came after it, logit = ⟨W_U[token], w_f x / rms(x)⟩ of the stream x that y is added to.
+    With all norms' statistics held fixed, both are linear in δo (`moved_reads`):
 
-        direct path                  d/dε at 0, later layers left out: + how the norms' statistics move
-        full Jacobian                d/dε at 0 of the model: + the later layers
-        mean of two Jacobians        ½ (d/dε at 0 + d/dε at 1): + the second order (trapezoid rule)
-        exact head, mean of two      the same from the layer's output on, whose change is taken as it is
+        three factors      ⟨W_U, W_O δo⟩ with u_t = decay_t u_{t-1}, the gates alone (the paper)
+          , fitted         times one least-squares scalar per edit and token (the paper's appendix)
+        exact transition   ⟨W_U, W_O δo⟩ with u_t = A_t u_{t-1}: + the erase
+        gated              ⟨W_U, W_O (gate · δo)⟩: gates may be negative, they decide the sign
+        gated and scaled   ⟨W_U, w_f/rms · W_O (gate · scale · δo)⟩: scales decide the size
+        direct path        + how the statistics move: the first order without the later layers
+        full Jacobian      + the later layers: the exact first order
+        mean of two        ½ (slope at ε = 0 + slope at ε = 1): the exact second order
+        exact head         the same from y on, whose change is taken as it is
 
-    change [P, r, ·], targets [P, n] -> predicted [P, 9, 11, n] in RUNGS' order, measured [P, 11, n].
+    The last four are slopes of functions of ε that apply ε times the change. change [P, r, ·],
+    targets [P, n] -> predicted [P, 9, 11, n] in RUNGS' order, measured [P, 11, n].
     """
     model, block, cache = p.model, p.model.layers[p.layer], p.cache.layers[p.layer]
     o, s, rest = all_heads(block, p.stream, cache)
-    others = s.q.shape[2] - p.head - 1
-    delta_o = F.pad(moved_reads(change, p.s)[:, :, None], (0, 0, p.head, others))    # [P, 11, H, V]
-    y, y_edited = (block.mixer.output(x, s, rest) for x in (o, o + delta_o))
     last, _ = model.run(p.stream, p.cache, first=p.layer)
+    gate, scale = (x[:, :, p.head] for x in block.mixer.gate_and_scale(o, s, rest))    # [P, 11, ·]
+    W_O = model.out_map(p.layer)[:, p.head]                                                # [D, V]
+    W_U = at_least_fp32(model.unembedding[targets])                                     # [P, n, D]
+    to_stream, to_logits = W_O.T, W_U.mT
+    delta_o = moved_reads(change, p.s)                                                 # [P, 11, V]
+    gates_alone = moved_reads(change, p.s._replace(erase_in=None, erase_out=None))
+    rungs = {"three factors": gates_alone @ to_stream @ to_logits,                     # [P, 11, n]
+             "exact transition": delta_o @ to_stream @ to_logits,
+             "gated": gate * delta_o @ to_stream @ to_logits}
+    scaled = norm_slope(model.norm, last.x) * (gate * scale * delta_o @ to_stream)     # [P, 11, D]
+    rungs["gated and scaled"] = scaled @ to_logits
+
+    other_heads = (0, 0, p.head, s.q.shape[2] - p.head - 1)
+    delta_o = F.pad(delta_o[:, :, None], other_heads)                               # [P, 11, H, V]
+    y, y_edited = (block.mixer.output(x, s, rest) for x in (o, o + delta_o))
     zero, one = delta_o.new_zeros(()), delta_o.new_ones(())
 
     def pick(logits: Tensor) -> Tensor:                             # [P, 11, vocab] -> [P, 11, n]
@@ -991,16 +968,14 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     def full(eps: Tensor) -> Tensor:                                                    # the model
         return pick(p.logits(change.times(eps)))
 
-    def exact_head(eps: Tensor) -> Tensor:                  # the model from the layer's output on
-        mixed = p.stream._replace(x=p.stream.x + y + eps * (y_edited - y))
-        after, _ = model.run(block.feed(mixed, cache)[0], p.cache, first=p.layer + 1)
+    def exact_head(eps: Tensor) -> Tensor:                                 # the model from y onwards
+        between = p.stream._replace(x=p.stream.x + y + eps * (y_edited - y))
+        after, _ = model.run(block.feed(between, cache)[0], p.cache, first=p.layer + 1)
         return pick(model.unembed(after))
 
-    measured = full(one) - full(zero)
-    rungs = factor_rungs(p, change, targets)
-    three = rungs["three factors"]
-    fit = (three * measured).sum(1, keepdim=True) / three.square().sum(1, keepdim=True).clamp_min(1e-30)
-    rungs["three factors, fitted"] = fit * three
+    measured, three = full(one) - full(zero), rungs["three factors"]
+    fit = (three * measured).sum(1, keepdim=True) / three.square().sum(1, keepdim=True)
+    rungs["three factors, fitted"] = fit.nan_to_num() * three
     rungs["direct path"] = slope(direct, zero)
     rungs["full Jacobian"] = slope(full, zero)
     rungs["mean of two Jacobians"] = (slope(full, zero) + slope(full, one)) / 2
@@ -1008,50 +983,54 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     return torch.stack([rungs[name] for name in RUNGS], 1), measured
 
 
+def firings(p: Point, sae: WriteSAE, cosine_min: float) -> tuple[Tensor, Factored, Tensor]:
+    """Each passage's dominant atom [P], a A, and the passages where it fires, [n]."""
+    index, a, A = sae.dominant(p.state() if sae.cfg.get("source") == "state" else p.write())
+    fires = (a > 0) & (cosine(A, p.write()) >= cosine_min)
+    return index, A, fires.nonzero()[:, 0]
+
+
 @torch.no_grad()
 def ladder(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions,
-           cosine_min: float = 0.71, eps: float = 0.1, progress=iter) -> Table:
-    """`logit_ladder` at every firing, for three edits of the state:
-
-        swap    the atom a A in the write's place        delete    the write taken out
-        small   the atom with norm eps added
+           cosine_min: float, eps: float = 0.1, progress=iter) -> Table:
+    """`logit_ladder` at every firing, for three edits: swap (a A in the write's place), delete (the
+    write taken out), small (the atom with norm eps added).
 
     Returns a row per firing: passage, position, index (the atom), and of each edit predicted_EDIT
     [N, 9, 11, 7] and measured_EDIT [N, 11, 7], for the tokens of RANKS. Raises InputError for none.
     """
     parts = []
     for p in points(model, tokens, layer, head, positions, progress=progress):
-        X = p.write()
-        index, a, A = sae.dominant(p.state() if sae.cfg.get("source") == "state" else X)
-        row = ((a > 0) & (cosine(A, X) >= cosine_min)).nonzero()[:, 0]
+        index, A, row = firings(p, sae, cosine_min)
         if len(row) == 0:
             continue
-        X, A = X.rows(row), A.rows(row)
         p = p._replace(passage=p.passage[row], stream=p.stream.rows(row), cache=p.cache.rows(row),
                        s=p.s.rows(row), logp=p.logp[row])
-        edits = dict(swap=A.minus(X), delete=X.times(-torch.ones_like(a[row])),
-                     small=A.times(eps / inner(A, A).sqrt()))
+        X, A = p.write(), A.rows(row)
+        size = inner(A, A).sqrt()
+        edits = dict(swap=A.minus(X), delete=X.times(-torch.ones_like(size)),
+                     small=A.times(eps / size))
         targets = p.logp[:, 0].topk(max(RANKS)).indices[:, torch.tensor(RANKS) - 1]
-        part = dict(passage=p.passage, position=torch.full_like(p.passage, p.t), index=index[row])
+        part = dict(passage=p.passage, position=torch.full_like(row, p.t), index=index[row])
         for name, change in edits.items():
-            part["predicted_" + name], part["measured_" + name] = logit_ladder(p, change, targets)
+            predicted, measured = logit_ladder(p, change, targets)
+            part |= {"predicted_" + name: predicted, "measured_" + name: measured}
         parts.append(part)
     if not parts:
-        raise InputError("no atom fires in this text: take more --passages or a lower --cosine-min")
+        raise InputError("no atom fires here: take more --passages or a lower --cosine-min")
     return stack(parts)
 
 
 def agreement(y: Tensor, y_hat: Tensor) -> dict[str, float]:
     """How well y_hat predicts y, any shape, nothing fitted.
 
-    r2               1 − Σ(y − ŷ)² / Σ(y − mean y)², about the line y = ŷ: 1 is perfect, 0 no better
-                     than the mean, negative worse
+    r2               1 − Σ(y − ŷ)² / Σ(y − mean y)²: 1 is perfect, 0 no better than the mean
     slope            of the least-squares line y = slope · ŷ: 1 if sizes are right
     sign_agreement   share of equal signs
     """
     y, y_hat = y.double().flatten(), y_hat.double().flatten()
-    spread = (y - y.mean()).square().sum()
-    return dict(r2=(1 - (y - y_hat).square().sum() / spread).item(),
+    left, spread = (y - y_hat).square().sum(), (y - y.mean()).square().sum()
+    return dict(r2=(1 - left / spread).item(),
                 slope=((y * y_hat).sum() / y_hat.square().sum()).item(),
                 sign_agreement=(y.sign() == y_hat.sign()).double().mean().item())
 
@@ -1071,11 +1050,11 @@ def ladder_figures(table: Table) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 # 7. Steering: edits of the memory after which a token appears
 # --------------------------------------------------------------------------------------------------
-EDITED = 3                                   # positions edited: the prompt's last three
-NEW = 20                                     # tokens decoded after them
+EDITED = 3                                # positions edited: the prompt's last three
+NEW = 20                                  # tokens decoded after them
 KEY_SIDES = ("write", "read")
 VALUE_SIDES = ("formula", "gated", "gradient", "ascent", "memory")
-STRATA = {"in prompt": True, "absent": False}         # targets of rank 100-1000: in the prompt or not
+STRATA = {"in prompt": True, "absent": False}      # of targets: do they stand in the prompt?
 
 
 class Prompts(NamedTuple):
@@ -1090,100 +1069,86 @@ class Prompts(NamedTuple):
     s: StepInputs                   # of the heads side by side, over the n tokens: [N, n, C, ·]
     gate: Tensor                    # [N, C, V] gate times norm weight, at the last token
 
-    def rows(self, index: Tensor) -> Prompts:
-        """These prompts, in this order, repeats allowed. index [m]."""
-        some = {name: getattr(self, name)[index] for name in ("last", "logits", "said", "gate")}
-        return self._replace(before=self.before.rows(index), after=self.after.rows(index),
-                             s=self.s.rows(index), **some)
+    def read(self, keys: Tensor, values: Tensor, then: Tensor) -> tuple[Tensor, Cache]:
+        """Read the last n tokens, key valueᵀ added to each head's state at each, and tokens `then`.
 
-    def at(self, cells: list[tuple[int, int]]) -> Prompts:
-        """The same prompts, fewer heads. Raises InputError for a cell that is none."""
-        for cell in cells:
-            self.model.check_cell(*cell)
-        chosen = torch.tensor([self.cells.index(cell) for cell in cells], device=self.last.device)
-        return self._replace(cells=cells, s=self.s.heads(chosen), gate=self.gate[:, chosen])
-
-    def read(self, keys: Tensor, values: Tensor, then: Tensor | None = None):
-        """Read the last n tokens while key valueᵀ is added to each head's state at each of them.
-
-        keys [N, n, C, K], values [N, n, C, V]; then [N, m]: tokens that are read on. Returns the logits
-        from the prompt's last token on, [N, 1 + m, vocab], and the cache.
+        keys [N, n, C, K], values [N, n, C, V], then [N, m] -> logits from the prompt's last token
+        on, [N, 1 + m, vocab], and the cache.
         """
         n = self.last.shape[1]
         edits = [Edit(*cell, self.before.length + t, keys[:, t, c], values[:, t, c])
                  for t in range(n) for c, cell in enumerate(self.cells)]
-        tokens = self.last if then is None else torch.cat([self.last, then], 1)
-        logits, cache = self.model(tokens, self.before, edits)
+        logits, cache = self.model(torch.cat([self.last, then], 1), self.before, edits)
         return at_least_fp32(logits[:, n - 1:]), cache
 
 
 @torch.no_grad()
-def read_prompts(model: LanguageModel, tokens: Tensor, n: int = EDITED) -> Prompts:
-    """Read prompts [N, T] natively, ready for edits of all heads at their last n positions.
-    Raises InputError if they are not longer than that."""
+def read_prompts(model: LanguageModel, tokens: Tensor, cells, n: int = EDITED) -> Prompts:
+    """Read prompts [N, T] natively, ready for edits of these (layer, head) cells at their last n
+    positions. Raises InputError for a cell that is none, and if prompts are not longer than n."""
+    for cell in cells:
+        model.check_cell(*cell)
     if tokens.shape[1] <= n:
-        raise InputError(f"the prompt has {tokens.shape[1]} tokens, its last {n} are edited and one must "
-                         "stand before them: give a longer one")
+        raise InputError(f"the prompt has {tokens.shape[1]} tokens; its last {n} are edited, and one "
+                         "must stand before them: give a longer one")
     last, (_, before) = tokens[:, -n:], model(tokens[:, :-n])
     logits, after = model(last, before)
     said, _ = model.generate(logits[:, -1], after, NEW)
     stream, inputs, gates = model.embed(last), [], []
     for i, block in enumerate(model.layers):
-        if block.recurrent:
+        heads = [head for layer, head in cells if layer == i]
+        if heads:
             o, s, rest = all_heads(block, stream, before.layers[i])
-            inputs.append(s)
-            gates.append(block.mixer.gate_and_scale(o, s, rest)[0][:, -1])
+            gate, _ = block.mixer.gate_and_scale(o, s, rest)
+            inputs.append(s.heads(heads))
+            gates.append(gate[:, -1, heads])
         stream, _ = model.run(stream, before, first=i, last=i + 1)
-    # simplification: all recurrent layers have heads of one size, so that they can stand side by side
+    # simplification: heads of all layers have one size, so that they can stand side by side
     s = StepInputs(*(None if x[0] is None else torch.cat(x, 2) for x in zip(*inputs)))
-    cells = [(i, h) for i in model.recurrent_layers for h in range(model.layers[i].mixer.heads)]
-    return Prompts(model, cells, last, before, after, at_least_fp32(logits[:, -1]), said, s,
-                   torch.cat(gates, 1))
+    return Prompts(model, sorted(cells), last, before, after, at_least_fp32(logits[:, -1]), said,
+                   s, torch.cat(gates, 1))
 
 
-def draw_targets(logits: Tensor, tokens: Tensor, each: int, generator: torch.Generator) -> Table:
-    """Up to `each` targets per prompt and stratum, without repeats: prompt, target, stratum [N].
-
-    logits [P, vocab] of the first new token, tokens [P, T] the prompts.
-    """
-    rank = logits.argsort(-1, descending=True).argsort(-1) + 1
+@torch.no_grad()
+def draw_targets(model: LanguageModel, tokens: Tensor, each: int, generator: torch.Generator) -> Table:
+    """Up to `each` targets of rank 100-1000 for the first new token, per prompt and stratum.
+    tokens [P, T] -> a row per pair: prompt, target, stratum."""
+    logits, _ = model(tokens)
+    rank = logits[:, -1].argsort(-1, descending=True).argsort(-1) + 1
     inside = torch.zeros_like(rank, dtype=torch.bool).scatter(1, tokens, True)
     rows = []
-    for stratum, in_prompt in enumerate(STRATA.values()):
-        allowed = (rank >= 100) & (rank <= 1000) & (inside == in_prompt)
-        for prompt, one in enumerate(allowed.cpu()):
-            candidates = one.nonzero()[:, 0]
-            pick = candidates[torch.randperm(len(candidates), generator=generator)[:each]]
-            rows += [(prompt, target, stratum) for target in pick.tolist()]
-    columns = torch.tensor(rows, device=logits.device).view(-1, 3).T
+    for stratum, wanted in enumerate(STRATA.values()):
+        allowed = (rank >= 100) & (rank <= 1000) & (inside == wanted)
+        for prompt in range(len(tokens)):
+            candidates = allowed[prompt].nonzero()[:, 0].tolist()
+            drawn = torch.randperm(len(candidates), generator=generator)[:each]
+            rows += [(prompt, candidates[i], stratum) for i in drawn.tolist()]
+    columns = torch.tensor(rows, device=tokens.device).view(-1, 3).T
     return dict(zip(("prompt", "target", "stratum"), columns))
 
 
 def read_key(s: StepInputs) -> Tensor:
-    """The unit key under which a value added at s's first token weighs most in all the reads of s.
+    """The unit key under which a value added at s's first token weighs most in all reads of s.
 
-    An edit κ yᵀ moves the read at t by (u_t · q_t) y with u_t = A_t ... A_1 κ (models.propagate), so
-    its gain is linear in κ: κ · b_t with b_t = A_1ᵀ ... A_tᵀ q_t. The squared gains sum to
-    κᵀ (Σ_t b_t b_tᵀ) κ, largest at the leading eigenvector; the sign is the one that makes Σ_t κ · b_t
-    positive. Propagating the K unit keys gives the b_t. s [N, T, C, ·] -> [N, C, K].
+    Such an edit κ yᵀ moves the read at t by (u_t · q_t) y with u_t = A_t ... A_1 κ, linear in κ:
+    its gain is κ · b_t with b_t = A_1ᵀ ... A_tᵀ q_t. The squared gains sum to κᵀ (Σ_t b_t b_tᵀ) κ,
+    largest at the leading eigenvector; the sign is the one with Σ_t κ · b_t > 0. Propagating the K
+    unit keys gives the b_t. s [N, T, C, ·] -> [N, C, K].
     """
     N, _, C, K = s.q.shape
-    each = torch.arange(C, device=s.q.device).repeat_interleave(K)             # every head K times,
-    unit = torch.eye(K).to(s.q).repeat(C, 1).expand(N, -1, -1)                 # one unit key each
-    gain, _ = propagate(unit, s.heads(each))                                           # [N, T, C·K]
+    each = torch.arange(C, device=s.q.device).repeat_interleave(K)         # every head K times,
+    unit = torch.eye(K).to(s.q).repeat(C, 1).expand(N, -1, -1)             # with one unit key each
+    gain, _ = propagate(unit, s.heads(each))                                         # [N, T, C·K]
     b = gain.unflatten(-1, (C, K))
     key = torch.linalg.eigh(torch.einsum("ntck,ntcl->nckl", b, b)).eigenvectors[..., -1]
-    towards = (key * b.sum(1)).sum(-1, keepdim=True)
-    return torch.where(towards < 0, -key, key)
+    total = (key * b.sum(1)).sum(-1, keepdim=True)
+    return torch.where(total < 0, -key, key)
 
 
 def edit_keys(s: StepInputs, side: str) -> Tensor:
-    """The keys under which values are added, [N, n, C, K].
-
-    "write": the position's own key. "read": `read_key` of the reads from there to the prompt's end.
-    Each is as long as the write beside it is large, ‖k‖‖v‖: a value's length is the edit's size in
-    native writes.
-    """
+    """The keys under which values are added, [N, n, C, K]: "write", the position's own, or "read",
+    the `read_key` of the reads from there to the prompt's end. Each is as long as the write beside
+    it is large, ‖k‖‖v‖, so that a value's length is the edit's size in native writes."""
     unit = F.normalize(s.k, dim=-1)
     if side == "read":
         unit = torch.stack([read_key(s.times(t)) for t in range(s.q.shape[1])], 1)
@@ -1191,8 +1156,8 @@ def edit_keys(s: StepInputs, side: str) -> Tensor:
 
 
 def sized(values: Tensor, size: float, budget: bool) -> Tensor:
-    """Values [N, n, C, V] with length `size` each; or as a budget, all lengths of a prompt's edits in
-    proportion, their squares summing to size²."""
+    """Values [N, n, C, V] with length `size` each; or, as a budget, in proportion, the squares of a
+    prompt's lengths summing to size²."""
     length = values.norm(dim=-1, keepdim=True)
     if budget:
         length = length.flatten(1).norm(dim=1)[:, None, None, None]
@@ -1200,83 +1165,80 @@ def sized(values: Tensor, size: float, budget: bool) -> Tensor:
 
 
 def score(prompts: Prompts, keys: Tensor, values: Tensor, targets: Tensor, what: str) -> Tensor:
-    """What the values are to raise, [N]:
+    """What values are to raise, [N]:
 
     logit     of the target for the first new token
     log_p     its log-probability there
-    memory    log Σ_{i=2..20} p(target is new token i | unedited tokens before it): the log of how often
-              the target is expected after a first token that is not it
+    memory    log Σ_{i=2..20} p(unedited tokens 2 .. i−1, then the target): the log-probability that
+              the target is what the edited model leaves the unedited continuation for, whose first
+              token is forced. (Without the tokens on the way the target is often made probable
+              at a step that is never reached.)
     """
-    then = prompts.said[:, :-1] if what == "memory" else None
-    logits, _ = prompts.read(keys, values, then)                          # [N, 1 or 20, vocab]
-    x = logits if what == "logit" else logits.log_softmax(-1)
-    of_target = x.gather(-1, targets[:, None, None].expand(-1, x.shape[1], 1))[..., 0]
-    return of_target[:, 1:].logsumexp(1) if what == "memory" else of_target[:, 0]
+    said = prompts.said if what == "memory" else prompts.said[:, :1]
+    logits, _ = prompts.read(keys, values, said[:, :-1])                   # [N, 20 or 1, vocab]
+    if what == "logit":
+        return logits[:, 0].gather(-1, targets[:, None])[:, 0]
+    log_p = logits.log_softmax(-1)
+    of_target = log_p.gather(-1, targets[:, None, None].expand(-1, said.shape[1], 1))[..., 0]
+    if what == "log_p":
+        return of_target[:, 0]
+    of_said = log_p.gather(-1, said[..., None])[:, 1:, 0]                  # [N, 19] steps 2 to 20
+    on_the_way = of_said.cumsum(1) - of_said                               # tokens 2 to i − 1
+    return (on_the_way + of_target[:, 1:]).logsumexp(1)
 
 
 def gradient(prompts: Prompts, keys: Tensor, values: Tensor, targets: Tensor, what: str) -> Tensor:
-    """d score / d values, exact, by one backward pass. -> [N, n, C, V]"""
+    """d score / d values, by one backward pass. -> [N, n, C, V]"""
     with torch.enable_grad():
         values = values.detach().requires_grad_()
         total = score(prompts, keys, values, targets, what).sum()
         return torch.autograd.grad(total, values)[0]
 
 
-def slopes(prompts: Prompts, keys: Tensor, targets: Tensor, kind: str) -> Tensor:
-    """How the target's first logit rises with each value, to first order, [N, n, C, V]:
-
-    formula     (u · q) W_Oᵀ W_U[target], u by the gates alone: the paper's three factors as they are
-    gated       (u · q) gate · W_Oᵀ W_U[target], u exact: the ladder's rung of this name
-    gradient    all that comes after the read included
-    """
+def formula_slopes(prompts: Prompts, keys: Tensor, targets: Tensor, gated: bool) -> Tensor:
+    """How the target's first logit rises with each value by the ladder's rungs, [N, n, C, V]:
+    (u · q) W_Oᵀ W_U[target], u by the gates alone (three factors, the paper's), or
+    (u · q) gate · W_Oᵀ W_U[target], u exact (gated)."""
     model, s = prompts.model, prompts.s
-    if kind == "gradient":
-        zero = torch.zeros_like(s.v)
-        return gradient(prompts, keys, zero, targets, "logit")
-    if kind == "formula":
+    if not gated:
         s = s._replace(erase_in=None, erase_out=None)
     gain = [propagate(key, s.times(t))[0][:, -1] for t, key in enumerate(keys.unbind(1))]
     W_O = torch.stack([model.out_map(layer)[:, head] for layer, head in prompts.cells])   # [C, D, V]
-    W_U = at_least_fp32(model.unembedding[targets])                                          # [N, D]
-    seen = torch.einsum("nd,cdv->ncv", W_U, W_O)
-    if kind == "gated":
-        seen = prompts.gate * seen
+    W_U = at_least_fp32(model.unembedding[targets])                                       # [N, D]
+    seen = torch.einsum("nd,cdv->ncv", W_U, W_O) * (prompts.gate if gated else 1)
     return torch.stack(gain, 1).unsqueeze(-1) * seen.unsqueeze(1)
 
 
 def steering_values(prompts: Prompts, keys: Tensor, targets: Tensor, kind: str, size: float,
-                    budget: bool = False, generator: torch.Generator | None = None,
-                    steps: int = 20) -> Tensor:
+                    budget: bool, generator: torch.Generator, steps: int = 20) -> Tensor:
     """The values of a prompt's edits, [N, n, C, V], `sized`:
 
-    random                         the control
-    formula, gated, gradient       along the `slopes` of the target's logit
-    ascent, memory                 from the gradient on, `steps` times towards the gradient of log_p or
-                                   memory (`score`) by less and less, the size kept
+    random             the control
+    formula, gated     along `formula_slopes`
+    gradient           along that of the logit, all that comes after the read included
+    ascent             from there `steps` times towards the gradient of log_p, by less and less
+    memory             the same with the gradient of memory (`score`) throughout
     """
     zero = torch.zeros_like(prompts.s.v)
     if kind == "random":
         return sized(torch.randn(zero.shape, generator=generator).to(zero), size, budget)
-    if kind != "memory":
-        start = slopes(prompts, keys, targets, "gradient" if kind == "ascent" else kind)
-    else:
-        start = gradient(prompts, keys, zero, targets, "memory")
-    values = sized(start, size, budget)
-    what = "memory" if kind == "memory" else "log_p"
-    for i in range(steps if kind in ("ascent", "memory") else 0):
-        up = gradient(prompts, keys, values, targets, what)
-        turned = sized(values, 1, budget) + (1 - i / steps) * sized(up, 1, budget)
-        values = sized(turned, size, budget)
+    if kind in ("formula", "gated"):
+        return sized(formula_slopes(prompts, keys, targets, kind == "gated"), size, budget)
+    first, later = ("memory", "memory") if kind == "memory" else ("logit", "log_p")
+    values = sized(gradient(prompts, keys, zero, targets, first), size, budget)
+    for i in range(steps if kind != "gradient" else 0):
+        up = sized(gradient(prompts, keys, values, targets, later), 1, budget)
+        values = sized(sized(values, 1, budget) + (1 - i / steps) * up, size, budget)
     return values
 
 
 def state_change(edited: Cache, native: Cache) -> Tensor:
     """‖S' − S‖ / ‖S‖ over all recurrent states together (Frobenius), [N]."""
     moved = norm = 0
-    for layer, other in zip(edited.layers, native.layers):
-        if "state" in layer:
-            moved = moved + (layer["state"] - other["state"]).square().sum((1, 2, 3))
-            norm = norm + other["state"].square().sum((1, 2, 3))
+    for ours, theirs in zip(edited.layers, native.layers):
+        if "state" in theirs:
+            moved = moved + (ours["state"] - theirs["state"]).square().sum((1, 2, 3))
+            norm = norm + theirs["state"].square().sum((1, 2, 3))
     return (moved / norm).sqrt()
 
 
@@ -1295,91 +1257,171 @@ def nats(prompts: Prompts, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def steer(prompts: Prompts, pairs: Table, key: str, value: str | None, size: float,
-          budget: bool = False, generator: torch.Generator | None = None) -> Table:
-    """Edit the states of `prompts.cells` at the prompts' last tokens, decode 20 tokens greedily.
+def steer(model: LanguageModel, tokens: Tensor, pairs: Table, cells, key: str = "read",
+          value: str | None = None, size: float = 3.0, budget: bool = False,
+          generator: torch.Generator | None = None, n: int = EDITED) -> Table:
+    """Edit the states of these cells at the last n tokens of prompts [P, T], decode 20 tokens.
 
-    pairs: `draw_targets`. value None: no edit. A row per pair: its columns, and
-        tokens [20]      decoded after the edit
-        kept [20]        the same with the first of them forced back to the unedited one: what the
-                         edit still does there is memory
+    pairs: `draw_targets`. value None: no edit. Returns a row per pair: the columns of pairs, and
+        said [20]        decoded greedily
+        kept [20]        the same with the first token forced back to the unedited one: if the
+                         target still comes, the edit is a memory
         log_p [20]       of the target at each step of `kept` (the first before anything is forced)
-        nll, nll_kept    −log p of both under the unedited model, nats per token
-        nll_forced       the same if, without an edit, the first token is forced to be the target
+        logit            of the target for the first new token
+        nll              −log p of what is said under the unedited model, nats per token
+        nll_forced       the same if, without an edit, the first token is forced to the target
         size             ‖S' − S‖ / ‖S‖ of all states at the prompt's end
     """
-    parts, batch = [], max(1, BATCH_BYTES // (4 * NEW * prompts.model.vocab))
-    for row in torch.arange(len(pairs["target"]), device=prompts.last.device).split(batch):
+    parts, batch = [], max(1, BATCH_BYTES // (4 * NEW * model.vocab))
+    for row in torch.arange(len(pairs["target"]), device=tokens.device).split(batch):
         part = {name: x[row] for name, x in pairs.items()}
-        native, target = prompts.rows(part["prompt"]), part["target"]
-        logits, after = native.logits[:, None], native.after
+        prompts, target = read_prompts(model, tokens[part["prompt"]], cells, n), part["target"]
+        logits, after = prompts.logits[:, None], prompts.after
         if value is not None:
-            keys = edit_keys(native.s, key)
-            values = steering_values(native, keys, target, value, size, budget, generator)
-            logits, after = native.read(keys, values)
-        tokens, _ = native.model.generate(logits[:, -1], after, NEW)
-        kept, later = forced(native.model, native.said[:, 0], after)
+            keys = edit_keys(prompts.s, key)
+            values = steering_values(prompts, keys, target, value, size, budget, generator)
+            logits, after = prompts.read(keys, values, prompts.said[:, :0])
+        said, _ = model.generate(logits[:, -1], after, NEW)
+        kept, later = forced(model, prompts.said[:, 0], after)
         log_p = torch.cat([logits, later], 1).log_softmax(-1)
-        without, _ = forced(native.model, target, native.after)
-        of_target = target[:, None, None].expand(-1, NEW, 1)
+        without, _ = forced(model, target, prompts.after)
         parts.append(part | dict(
-            tokens=tokens, kept=kept, log_p=log_p.gather(-1, of_target)[..., 0],
-            nll=nats(native, tokens), nll_kept=nats(native, kept), nll_forced=nats(native, without),
-            size=state_change(after, native.after)))
+            said=said, kept=kept, size=state_change(after, prompts.after),
+            log_p=log_p.gather(-1, target[:, None, None].expand(-1, NEW, 1))[..., 0],
+            logit=logits[:, 0].gather(-1, target[:, None])[:, 0],
+            nll=nats(prompts, said), nll_forced=nats(prompts, without)))
     return stack(parts)
 
 
 def appears(table: Table) -> Tensor:
     """Whether the target is among the 20 tokens (the paper's measure). [N]"""
-    return (table["tokens"] == table["target"][:, None]).any(1)
+    return (table["said"] == table["target"][:, None]).any(1)
 
 
 def persists(table: Table) -> Tensor:
-    """Whether it is among tokens 2 to 20 when the first is forced to the unedited one. [N]"""
+    """Whether it is among tokens 2 to 20 if the first is forced back to the unedited one. [N]"""
     return (table["kept"][:, 1:] == table["target"][:, None]).any(1)
 
 
-def steering_figures(edited: Table, native: Table, random: Table) -> list[dict]:
-    """A dict per stratum, from `steer` of the same pairs with an edit, without, and with a random one.
+def steering_figures(edited: Table, native: Table, random: Table) -> dict:
+    """Figures of the same pairs with an edit, with none and with a random one.
 
-    *_rate: share of continuations that hold the target; *_persists_rate: when the first new token is
-    forced to the unedited one. perplexity: of the edited continuation under the unedited model; _kept:
-    with that first token; _forced: of an unedited one whose first token is forced to the target.
-    said_at [20]: how often the target is first said at each step of `kept`.
+    *_rate: share that `appears`; *_persists_rate: that `persists`; *_perplexity: of what is said,
+    under the unedited model (forced: the first token forced to the target, without an edit).
+    said_at [20]: how often each step of `kept` is the first that says the target.
     """
-    strata = []
-    for j, name in enumerate(STRATA):
-        e, n, r = ({key: x[t["stratum"] == j] for key, x in t.items()} for t in (edited, native, random))
-        says = e["kept"][persists(e)] == e["target"][persists(e), None]
-        figures = dict(name=name, n_pairs=len(e["target"]))
-        for kind, table in dict(native=n, edited=e, random=r).items():
-            figures[kind + "_rate"] = appears(table).double().mean().item()
-            figures[kind + "_persists_rate"] = persists(table).double().mean().item()
-        strata.append(figures | dict(
-            persists_rate=figures["edited_persists_rate"],
-            persists_ci95=wilson(int(persists(e).sum()), len(e["target"])),
-            first_step_lift_nats=(e["log_p"] - n["log_p"])[:, 0].mean().item(),
-            native_perplexity=n["nll"].mean().exp().item(), perplexity=e["nll"].mean().exp().item(),
-            perplexity_kept=e["nll_kept"].mean().exp().item(),
-            perplexity_forced=e["nll_forced"].mean().exp().item(),
-            said_at=torch.bincount(says.int().argmax(1), minlength=NEW).tolist()))
-    return strata
-
-
-@torch.no_grad()
-def sign_test(prompts: Prompts, pairs: Table, key: str, kind: str) -> dict:
-    """Does an edit of the natural size along the slope raise the target's first logit as the slope
-    says? `agreement` of the measured rise with ⟨slope, value⟩ over the pairs; prompts: one head, n = 1."""
-    native, targets = prompts.rows(pairs["prompt"]), pairs["target"]
-    keys = edit_keys(native.s, key)
-    rise = slopes(native, keys, targets, kind)
-    values = sized(rise, 1.0, False)
-    before, after = (score(native, keys, x, targets, "logit") for x in (torch.zeros_like(values), values))
-    return agreement(after - before, (rise * values).sum((1, 2, 3))) | dict(n=len(targets))
+    figures = dict(n_pairs=len(edited["target"]))
+    for kind, table in dict(native=native, edited=edited, random=random).items():
+        figures[kind + "_rate"] = appears(table).double().mean().item()
+        figures[kind + "_persists_rate"] = persists(table).double().mean().item()
+        figures[kind + "_perplexity"] = table["nll"].mean().exp().item()
+    kept = persists(edited)
+    says = edited["kept"][kept] == edited["target"][kept, None]
+    says[:, 0] = False
+    return figures | dict(
+        forced_perplexity=edited["nll_forced"].mean().exp().item(),
+        persists_rate=figures["edited_persists_rate"],
+        persists_ci95=wilson(int(kept.sum()), len(kept)),
+        first_step_lift_nats=(edited["log_p"] - native["log_p"])[:, 0].mean().item(),
+        said_at=torch.bincount(says.int().argmax(1), minlength=NEW).tolist())
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. A population of atoms
+# 8. Erasing: an atom taken out where it fires
+# --------------------------------------------------------------------------------------------------
+@torch.inference_mode()
+def promoted_tokens(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int,
+                    positions, cosine_min: float, n_atoms: int, progress=iter):
+    """The atoms that fire most in these passages, and the token that each promotes by the formula
+    alone, [n_atoms] each. No edit has a say in it: it is the ladder's rung "gated" for a A,
+
+        argmax_token ⟨W_U[token], W_O (gate_t · δo_t)⟩, on the mean over firings and eleven steps
+    """
+    block, W_O = model.layers[layer], model.out_map(layer)[:, head]                        # [D, V]
+    uses, vector = W_O.new_zeros(sae.n_atoms), W_O.new_zeros(sae.n_atoms, W_O.shape[1])
+    for p in points(model, tokens, layer, head, positions, progress=progress):
+        index, A, row = firings(p, sae, cosine_min)
+        reads = all_heads(block, p.stream, p.cache.layers[layer])
+        gate, _ = block.mixer.gate_and_scale(*reads)
+        moved = (gate[:, :, head] * moved_reads(A, p.s)).mean(1)                           # [P, V]
+        uses += torch.bincount(index[row], minlength=sae.n_atoms)
+        vector.index_add_(0, index[row], moved[row])
+    atoms = uses.topk(min(n_atoms, int((uses > 0).sum()))).indices
+    promoted = vector[atoms] @ W_O.T @ at_least_fp32(model.unembedding).T         # [n_atoms, vocab]
+    return atoms, promoted.argmax(-1)
+
+
+def as_large_as(Y: Factored, X: Factored) -> Factored:
+    """X, with Y's norm."""
+    return X.times((inner(Y, Y) / inner(X, X)).sqrt())
+
+
+@torch.inference_mode()
+def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions,
+            choosing: Tensor, generator: torch.Generator, cosine_min: float, n_atoms: int = 20,
+            progress=iter) -> Table:
+    """Does an atom promote a token? Take it out where it fires, and see whether that token falls.
+
+    Atoms and tokens are chosen in some passages (`promoted_tokens`). In the others, at each firing of
+    these atoms, a matrix of the norm ‖a A‖ is taken out of the state:
+        atom         a A itself
+        random       a random direction: what any matrix of this size does
+        other        another atom of the dictionary
+        elsewhere    a A at the same position of another passage, where the atom does not fire
+    Since no edit had a say in the token, `random` is centred on zero.
+
+    tokens [P, T]; choosing [P], true or false. Returns a row per firing: passage, position, index
+    (the atom), promoted (the token), and for each of the four the change of the token's log p in
+    nats, the mean over the write's step and the ten after it. Raises InputError for no firings.
+    """
+    chosen_in, tested = choosing.nonzero()[:, 0], (~choosing).nonzero()[:, 0]
+    atoms, promoted = promoted_tokens(model, sae, tokens[chosen_in], layer, head, positions,
+                                      cosine_min, n_atoms, progress)
+    parts = []
+    for p in points(model, tokens[tested], layer, head, positions, progress=progress):
+        dominant, all_A, row = firings(p, sae, cosine_min)
+        row = row[torch.isin(dominant[row], atoms)]
+        if len(row) == 0:
+            continue
+        index, A = dominant[row], all_A.rows(row)
+        token = promoted[(index[:, None] == atoms).int().argmax(1)]                          # [n]
+        shift = torch.randint(1, max(2, sae.n_atoms), (len(row), 1), generator=generator)
+        B = sae.decode((index[:, None] + shift.to(index)) % sae.n_atoms, torch.ones_like(shift).to(A.values))
+        R = random_direction(p.write().rows(row), generator)
+        silent = dominant != index[:, None]                                               # [n, P]
+        away = (torch.rand(silent.shape, generator=generator).to(silent.device) * silent).argmax(1)
+        part = dict(passage=tested.to(row)[p.passage[row]], position=torch.full_like(row, p.t),
+                    index=index, promoted=token)
+        out = dict(atom=A, random=as_large_as(A, R), other=as_large_as(A, B), elsewhere=A)
+        for name, X in out.items():
+            where = away if name == "elsewhere" else row
+            change = p.branch(X._replace(values=-X.values), where) - p.logp[where]   # [n, 11, vocab]
+            part[name] = change.gather(-1, token[:, None, None].expand(-1, HORIZONS, 1)).mean((1, 2))
+        part["elsewhere"][~silent.any(1)] = math.nan
+        parts.append(part)
+    if not parts:
+        raise InputError("no atom fires in both halves of the files: take more --passages or a lower "
+                         "--cosine-min")
+    return stack(parts)
+
+
+def erasure_figures(table: Table, generator: torch.Generator) -> dict:
+    """Figures of N firings, in nats (negative: the token falls). effect: the mean of atom minus
+    random, paired; its interval draws whole files again (column "file")."""
+    figures = dict(n_firings=len(table["atom"]), n_files=len(table["file"].unique()))
+    for name, column in dict(firing="atom", random="random", other_atom="other",
+                             elsewhere="elsewhere").items():
+        x = table[column].double()
+        x = x[x.isfinite()]
+        figures |= {name + "_median": x.median().item(), name + "_mean": x.mean().item(),
+                    name + "_falls": (x < 0).double().mean().item()}
+    effect = table["atom"] - table["random"]
+    return figures | dict(effect=effect.double().mean().item(),
+                          effect_ci95=cluster_bootstrap(effect, table["file"], generator))
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. A population of atoms
 # --------------------------------------------------------------------------------------------------
 @torch.inference_mode()
 def codes(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int,
@@ -1397,26 +1439,21 @@ def codes(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head:
 
 
 @torch.inference_mode()
-def log_p_changes(model: LanguageModel, tokens: Tensor, layer: int, head: int, at: Table,
-                  changes: dict[str, Factored], progress=iter) -> Table:
-    """What is added to the state at the rows of `at`, and what tokens gain by it: change of log p, in
-    nats, the mean over the write's step and the ten after it.
-
-    at: passage, position [N], and token_asked [N] if only one token each is asked for; changes: by
-    name, N matrices each -> by name, [N, vocab] (or [N]).
-    """
-    one = "token_asked" in at
-    table = {name: torch.zeros(len(at["passage"]), 1 if one else model.vocab) for name in changes}
+def taken_out(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, at: Table,
+              progress=iter) -> Tensor:
+    """What every token loses if a A is taken out of the state at each row of `at` (`codes`): change of
+    its log-probability in nats, the mean over the write's step and the ten after it. -> [N, vocab]"""
+    moved = torch.zeros(len(at["a"]), model.vocab)
     for p in points(model, tokens, layer, head, at["position"].unique().tolist(), progress=progress):
         here = (at["position"] == p.t) & torch.isin(at["passage"], p.passage.cpu())
         events = here.nonzero()[:, 0]
         if len(events) == 0:
             continue
         row = (at["passage"][events] - p.passage[0].cpu()).to(tokens.device)
-        for name, change in changes.items():
-            gain = (p.branch(change.rows(events.to(tokens.device)), row) - p.logp[row]).mean(1).cpu()
-            table[name][events] = gain.gather(-1, at["token_asked"][events, None]) if one else gain
-    return {name: x[:, 0] if one else x for name, x in table.items()}
+        index, a = at["index"][events, None], at["a"][events, None]
+        A = sae.decode(index.to(tokens.device), -a.to(tokens.device))
+        moved[events] = (p.branch(A, row) - p.logp[row]).mean(1).cpu()
+    return moved
 
 
 def population_figures(table: Table, cosine_min: float) -> dict:
@@ -1496,96 +1533,3 @@ def passage_test(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int
             part["bits_" + name] = nats.mean(1) / math.log(2)
         parts.append(part)
     return stack(parts)
-
-
-# --------------------------------------------------------------------------------------------------
-# 9. Erasing: an atom taken out where it fires
-# --------------------------------------------------------------------------------------------------
-@torch.inference_mode()
-def promoted_tokens(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int,
-                    at: Table, atoms: Tensor, progress=iter) -> Tensor:
-    """The token that each atom promotes, by the formula alone, [n_atoms]: nothing is edited for it.
-
-    argmax over the vocabulary of the mean, over the atom's firings and eleven steps, of rung "gated",
-
-        ⟨W_U[token], W_O (gate_t · (u_t · q_t) a value)⟩
-
-    at: `codes` of firings of these atoms; tokens [P, T].
-    """
-    block, seen = model.layers[layer], torch.zeros(len(atoms), model.layers[layer].mixer.V).to(tokens.device)
-    for passages in progress(at["passage"].unique().split(16)):
-        some = {name: x[torch.isin(at["passage"], passages)].to(tokens.device) for name, x in at.items()}
-        stream, _ = model.run(model.embed(tokens[passages]), last=layer)
-        o, s, rest = all_heads(block, stream, {})
-        gate, _ = block.mixer.gate_and_scale(o, s, rest)
-        row = torch.searchsorted(passages.to(tokens.device), some["passage"])[:, None]
-        time = some["position"][:, None] + torch.arange(HORIZONS, device=tokens.device)       # [n, 11]
-        s = StepInputs(*(None if x is None else x[row, time, head, None] for x in s))
-        A = sae.decode(some["index"][:, None], some["a"][:, None])
-        moved = gate[row, time, head] * moved_reads(A, s)                                  # [n, 11, V]
-        which = (some["index"][:, None] == atoms.to(tokens.device)).int().argmax(1)
-        seen.index_add_(0, which, moved.mean(1))
-    promoted = seen @ model.out_map(layer)[:, head].T @ at_least_fp32(model.unembedding).T
-    return promoted.argmax(-1).cpu()
-
-
-def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions,
-            choosing: Tensor, generator: torch.Generator, cosine_min: float = 0.71, n_atoms: int = 20,
-            most: int = 75, progress=iter) -> Table:
-    """Does an atom promote a token? Take it out where it fires, and see whether that token falls.
-
-    On the choosing passages: the n_atoms that fire most, and for each the token that it promotes by
-    the formula (`promoted_tokens`). On the others, at up to `most` firings of each: the change of that
-    token's log p when a matrix of norm ‖a A‖ is taken out of the state,
-        atom         a A itself
-        random       a random direction there: what any matrix of this size does
-        other        another atom of the dictionary there
-        elsewhere    a A at a position of the same passage where the atom does not fire
-    The token was not chosen by an edit, so that `random` is centred on zero.
-
-    tokens [P, T]; choosing [P], true or false. Returns a row per firing: `codes`' columns, token_asked,
-    and the four. Raises InputError where no atom fires on both sides.
-    """
-    table = codes(model, sae, tokens, layer, head, progress)
-    positions = torch.tensor(list(positions))
-    fires = (table["a"] > 0) & (table["cosine"] >= cosine_min) & torch.isin(table["position"], positions)
-    chooses = fires & choosing.cpu()[table["passage"]]
-    uses = torch.bincount(table["index"][chooses], minlength=sae.n_atoms)
-    atoms = uses.topk(min(n_atoms, int((uses > 0).sum()))).indices
-    firings = [(fires & ~chooses & (table["index"] == atom)).nonzero()[:, 0] for atom in atoms]
-    drawn = [x[torch.randperm(len(x), generator=generator)[:most]] for x in firings]
-    if sum(map(len, drawn)) == 0:
-        raise InputError("no atom fires in both halves of the files: take more --passages or a lower "
-                         "--cosine-min")
-    chosen = {name: x[chooses & torch.isin(table["index"], atoms)] for name, x in table.items()}
-    promoted = promoted_tokens(model, sae, tokens, layer, head, chosen, atoms, progress)
-    at = {name: x[torch.cat(drawn)] for name, x in table.items()}
-    at["token_asked"] = promoted.repeat_interleave(torch.tensor([len(x) for x in drawn]))
-
-    index, a = at["index"][:, None].to(tokens.device), at["a"][:, None].to(tokens.device)
-    A = sae.decode(index, a)
-    size = inner(A, A).sqrt()
-    shift = torch.randint(1, max(2, sae.n_atoms), index.shape, generator=generator).to(index.device)
-    B = sae.decode((index + shift) % sae.n_atoms, a)
-    changes = dict(atom=A.times(-torch.ones_like(size)), other=B.times(-size / inner(B, B).sqrt()),
-                   random=random_direction(Factored(A.keys[:, :1], A.values[:, :1]), generator).times(size))
-    at |= log_p_changes(model, tokens, layer, head, at, changes, progress)
-    silent = table["index"].view(tokens.shape)[at["passage"]][:, positions] != at["index"][:, None]
-    place = (torch.rand(silent.shape, generator=generator) * silent).argmax(1)       # one of the silent
-    away = at | dict(position=positions[place])
-    changes = dict(elsewhere=changes["atom"])
-    return at | log_p_changes(model, tokens, layer, head, away, changes, progress)
-
-
-def erasure_figures(table: Table, generator: torch.Generator) -> dict:
-    """Figures of N firings, in nats (negative: the token falls). effect: mean of atom minus random,
-    paired; its interval draws whole files again (column "file")."""
-    figures = dict(n_firings=len(table["atom"]))
-    for name, column in dict(firing="atom", random="random", other_atom="other",
-                             elsewhere="elsewhere").items():
-        x = table[column].double()
-        figures |= {name + "_median": x.median().item(), name + "_mean": x.mean().item(),
-                    name + "_falls": (x < 0).double().mean().item()}
-    effect = table["atom"] - table["random"]
-    return figures | dict(effect=effect.double().mean().item(), n_files=len(table["file"].unique()),
-                          effect_ci95=cluster_bootstrap(effect, table["file"], generator))
