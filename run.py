@@ -7,6 +7,7 @@
     atoms      what atoms stand for: their tokens, their contexts
     compare    dictionaries side by side: sizes, active atoms, variants, seeds
     bench      time and memory against other implementations
+    picture    draw the method
     train      train the SAE of a cell and save it beside its model
     pretrain   train an embedded model from nothing
 
@@ -295,7 +296,7 @@ def train_saes(cell: Cell, heads: list[int], args) -> list[WriteSAE]:
     """SAEs for several heads of the cell's layer, from the training text alone: one pass over it
     collects what all of them write."""
     began, settings, saes = time.time(), sae_settings(args), []
-    n = 60 if args.quick else TRAINING_WINDOWS[args.source]
+    n = 60 if args.quick else min(TRAINING_WINDOWS[args.source], max(300, settings["atoms"] // 4))
     tokens = training_windows(cell.tokenizer, cell.training, n, CONTEXT, cell.model.device)
     all_X = writesae.collect(cell.model, tokens, cell.layer, heads, args.source,
                              progress=progress("writes"))
@@ -379,9 +380,13 @@ class TablePrinter:
             return "-"
         return "-" if "nan" in text else text
 
+    def fields(self, row: dict) -> list[str]:
+        """The texts of one row."""
+        return [self.text(form, row) for form in self.columns.values()]
+
     def print(self, row: dict):
         """One row, under the headings if it is the first."""
-        fields = [self.text(form, row) for form in self.columns.values()]
+        fields = self.fields(row)
         if self.widths is None:
             self.widths = [max(len(h), len(f)) for h, f in zip(self.columns, fields)]
             self.line(list(self.columns))
@@ -409,6 +414,22 @@ def json_lines(name: dict, table: Table) -> str:
     n = len(next(iter(columns.values()), []))
     return "".join(json.dumps(no_nan(name | {key: x[i] for key, x in columns.items()})) + "\n"
                    for i in range(n))
+
+
+def write_section(path: str, title: str, legend: str, printer: TablePrinter, rows: list[dict]):
+    """Write a table into a Markdown file: its section is replaced if there is one of this title, else
+    added at the end. The rest of the file stays."""
+    lines = [f"## {title}", "", "```", legend, "```", "", "| " + " | ".join(printer.columns) + " |",
+             "|" + "---|" * len(printer.columns)]
+    lines += ["| " + " | ".join(printer.fields(row)) + " |" for row in rows]
+    text = ""
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
+    sections = text.split("\n## ")
+    kept = [section for section in sections[1:] if section.splitlines()[0] != title]
+    kept.append("\n".join(lines)[3:] + "\n")
+    write_text(path, "\n## ".join([sections[0], *kept]))
 
 
 def shared_out(jobs: list) -> list:
@@ -483,6 +504,10 @@ def finish(experiment: Experiment, shares: list, args):
         print(experiment.all_cells(everything))
     if args.json:
         write_text(args.json, json.dumps(no_nan(everything), indent=1))
+    if args.markdown:
+        rows = [row for _, results, _ in shares for row in experiment.rows(results)]
+        write_section(args.markdown, "`python run.py " + " ".join(args.words) + "`", experiment.legend,
+                      TablePrinter(experiment.columns), rows)
     if args.records:
         write_text(args.records, "".join(json_lines(name, table) for name, _, table in shares))
     if args.plot:
@@ -1182,6 +1207,34 @@ EXPERIMENTS = {
 
 
 # --------------------------------------------------------------------------------------------------
+# picture: the method in one drawing
+# --------------------------------------------------------------------------------------------------
+def picture(args) -> int:
+    """Draw the method: a write, an atom, the swap, the reads, KL."""
+    figure, (axis,) = panels(1, 9.6, 3.1)
+    axis.set(xlim=(0, 16), ylim=(0, 5))
+    axis.axis("off")
+    boxes = [(1.6, 3.6, "write\n$k\\,v^\\top$", "tab:orange"), (1.6, 1.2, "atom\n$a\\,A_i$", "tab:blue"),
+             (6.2, 3.6, "state $S_t$", "tab:orange"), (6.2, 1.2, "state $S_t - k v^\\top + a A_i$", "tab:blue"),
+             (10.6, 3.6, "ten more reads", "tab:orange"), (10.6, 1.2, "the same reads", "tab:blue"),
+             (14.4, 2.4, "KL\nnative ‖ edited", "black")]
+    for x, y, text, colour in boxes:
+        axis.text(x, y, text, ha="center", va="center", fontsize=12,
+                  bbox=dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor=colour, linewidth=2))
+    arrows = [((2.5, 3.6), (5.3, 3.6)), ((2.5, 1.2), (4.0, 1.2)), ((7.2, 3.6), (9.0, 3.6)),
+              ((8.4, 1.2), (9.1, 1.2)), ((12.2, 3.6), (13.4, 2.9)), ((12.2, 1.2), (13.4, 1.9))]
+    for start, end in arrows:
+        axis.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", linewidth=1.5, color="grey"))
+    axis.annotate("", (1.6, 1.9), (1.6, 2.9), arrowprops=dict(arrowstyle="-|>", linewidth=1.5, color="grey"))
+    axis.text(1.8, 2.4, "coded by its\ndominant atom", fontsize=9, va="center")
+    axis.text(0.2, 4.7, "the unmodified model", fontsize=10, color="tab:orange")
+    axis.text(0.2, 0.2, "one write exchanged for its atom; for nothing, an untrained atom, a random direction",
+              fontsize=10, color="tab:blue")
+    save_then_rename(lambda path: figure.savefig(path, dpi=130, format="png"), args.plot)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------
 # train: SAEs of cells
 # --------------------------------------------------------------------------------------------------
 def train(args) -> int:
@@ -1460,7 +1513,7 @@ def add_common(p: Parser):
                    "folder one file in ten is held out for the test")
     p.set_defaults(text=None, source="write", sae=None, saes=None, layer=None, head="0", dtype="fp32",
                    steps=None, atoms=None, cosine_min=None, passages=None, json=None, records=None,
-                   plot=None)
+                   plot=None, markdown=None)
 
 
 def add_cell(p: Parser, all_of_them: bool = True):
@@ -1479,12 +1532,14 @@ def add_test(p: Parser):
     p.add_argument("--json", metavar="FILE", help="write the results there")
     p.add_argument("--records", metavar="FILE", help="write one JSON line per tested thing there")
     p.add_argument("--plot", metavar="FILE.png", help="draw the picture there")
+    p.add_argument("--markdown", metavar="FILE.md", help="write the table there, in its own section")
 
 
 def add_sae(p: Parser):
     """Which SAE."""
     p.add_argument("--sae", metavar="FILE", help="this SAE instead of the one beside the model")
     p.add_argument("--saes", metavar="FOLDER", help="look for SAEs, and keep new ones, in this folder")
+    p.add_argument("--atoms", type=positive, help="an SAE of this many atoms")
     p.add_argument("--source", default="write", choices=list(SAE_DEFAULTS),
                    help="what the SAE codes (state: as in the paper)")
     p.add_argument("--cosine-min", type=finite, help=f"least cosine of a firing (default {COSINE_MIN})")
@@ -1492,7 +1547,6 @@ def add_sae(p: Parser):
 
 def add_settings(p: Parser):
     """How an SAE is made; what is not said is the default of its source (SAE_DEFAULTS)."""
-    p.add_argument("--atoms", type=positive, help="number of atoms")
     p.add_argument("--active", type=positive, help="active atoms per input")
     p.add_argument("--encoder", choices=list(writesae.ENCODERS))
     p.add_argument("--decoder", choices=list(writesae.DECODERS))
@@ -1526,6 +1580,8 @@ def make_parser() -> Parser:
     p = command("bench", add_cell, example="--quick")
     p.add_argument("--json", metavar="FILE", help="write the results there")
     p.add_argument("--full-size", action="store_true", help="at the size of Qwen3.5-0.8B, random weights")
+    p = command("picture", example="--plot figures/method.png")
+    p.add_argument("--plot", metavar="FILE.png", default=os.path.join(HERE, "figures", "method.png"))
     command("train", add_cell, add_sae, add_settings, example="--model rwkv7 --layer 2 --head all")
     p = command("pretrain", example="--model mamba2 --out /tmp/models")
     p.add_argument("--tokens", type=positive, default=8_192_000, help="training tokens in all")
@@ -1538,7 +1594,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line. Raises InputError for a wrong one."""
     args = make_parser().parse_args(argv)
     args.models = [args.model] if args.model else list(EMBEDDED)
-    for path in filter(None, (args.json, args.records, args.plot)):
+    words = list(sys.argv[1:] if argv is None else argv)
+    outputs = ("--json", "--plot", "--records", "--markdown")
+    args.words = [word for before, word in zip(["", *words], words)
+                  if word not in outputs and before not in outputs]
+    for path in filter(None, (args.json, args.records, args.plot, args.markdown)):
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise InputError(f"{path}: cannot be written, its folder does not exist; make it first")
     if args.command == "pretrain" and not set(args.models) <= set(EMBEDDED):
@@ -1548,12 +1608,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.command == "steer" and args.smallest and args.passages is None:
         args.passages = 24 if args.quick else 120
     experiment = EXPERIMENTS.get(args.command)
-    if args.plot and experiment.draw is None:
+    if args.plot and experiment and experiment.draw is None:
         raise InputError(f"{args.command} draws no picture; leave --plot out")
     return args
 
 
-COMMANDS = dict(train=train, pretrain=pretrain)
+COMMANDS = dict(picture=picture, train=train, pretrain=pretrain)
 
 
 def main(argv: list[str] | None = None) -> int:
