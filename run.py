@@ -219,6 +219,11 @@ def open_model(name: str, args) -> LanguageModel:
     return model
 
 
+def is_large(model: LanguageModel) -> bool:
+    """More than 100 million parameters: --quick then takes a quarter of its sample, formula no fp64."""
+    return sum(p.numel() for p in model.parameters()) > 100_000_000
+
+
 def number(text: str, what: str) -> int:
     """A layer or head as a number. Raises InputError."""
     if not text.isdecimal():
@@ -271,8 +276,8 @@ def new_sae(model: LanguageModel, layer: int, head: int, settings: dict) -> Writ
 
 def cell_metric(cell: Cell, quick: bool) -> tuple[Tensor, Tensor]:
     """The read metric of a cell, from training text."""
-    sample = training_windows(cell.tokenizer, cell.training, 8 if quick else METRIC_PASSAGES, PASSAGE,
-                              cell.model.device)
+    n = METRIC_PASSAGES if not quick else 2 if is_large(cell.model) else 8
+    sample = training_windows(cell.tokenizer, cell.training, n, PASSAGE, cell.model.device)
     return writesae.read_metric(cell.model, sample, cell.layer, cell.head, POSITIONS[::4], cell.rng,
                                 progress=progress("metric"))
 
@@ -461,7 +466,8 @@ def open_cells(args, n: int, jobs: list | None = None):
         if opened != name:
             model, opened = open_model(name, args), name
             tokenizer = models.load_tokenizer(model)
-            passages = windows(tokenizer, tested, n, PASSAGE, training)
+            few = args.quick and args.passages is None and is_large(model)
+            passages = windows(tokenizer, tested, max(2, n // 4) if few else n, PASSAGE, training)
             passages = passages._replace(tokens=passages.tokens.to(model.device))
         yield Cell(model, layer, head, tokenizer, passages, training,
                    torch.Generator().manual_seed(args.seed))
@@ -624,10 +630,12 @@ def draw_replace(results: list[dict], tables: list[Table]):
 # formula: what each factor of the logit-change formula is worth
 # --------------------------------------------------------------------------------------------------
 def formula(cell: Cell, args):
-    """The ladder of one cell, in fp64, so that what a small edit moves stands clear of rounding."""
+    """The ladder of one cell; in fp64, if the model is small enough, so that what a small edit moves
+    stands clear of rounding."""
     dtype = cell.model.unembedding.dtype
-    cell.model.double()
-    cell.sae.double()
+    if not is_large(cell.model):
+        cell.model.double()
+        cell.sae.double()
     cosine_min = cell.sae.cfg["cosine_min"] if args.cosine_min is None else args.cosine_min
     positions = POSITIONS[1::8] if args.quick else POSITIONS[::4]
     table = writesae.ladder(cell.model, cell.sae, cell.passages.tokens, cell.layer, cell.head,
@@ -638,7 +646,7 @@ def formula(cell: Cell, args):
     return dict(n=n * len(writesae.RANKS), n_firings=n, rungs=writesae.ladder_figures(table)), table
 
 
-#: the paper's R²: the median per atom, a scalar fitted per passage, atom and token; on Mamba-2 unfitted
+#: the paper's R²: median per atom, a scalar fitted per passage, atom and token; Mamba-2: unfitted
 PAPER_FORMULA = {"gdn": 0.98, "mamba2": -0.07}
 
 
@@ -652,11 +660,11 @@ def formula_rows(results: list[dict]) -> list[dict]:
 
 
 FORMULA_LEGEND = """\
-Logit-change formula: what predicts how an edit of one head's state moves the logits of seven tokens, at
-the write's step and the ten after it. Each rung adds one factor to the one above; only "fitted" is fitted.
-swap: the atom put in the write's place.  delete: the write taken out.  small: an atom of norm 0.1 added.
-R²: about the line y = ŷ (0: no better than the mean).  slope: 1 if sizes are right.  sign: share of right
-signs.  order: to which the rung is exact."""
+Logit-change formula: what predicts how an edit of one head's state moves the logits of seven
+tokens, at the write's step and the ten after it. Each rung adds one factor to the one above.
+swap: the atom in the write's place.  delete: the write taken out.  small: an atom of norm 0.1 added.
+R²: about the line y = ŷ, nothing fitted but in "fitted" (0: no better than the mean).  slope: 1 if
+sizes are right.  sign: share of right signs.  order: to which the rung is exact."""
 FORMULA_COLUMNS = {
     "rung                            ": "{name}", "order": "{order}", "swap: R²": "{r2:.3g}",
     "slope": "{slope:.2g}", "sign": "{sign_agreement:.1%}", "delete: R²": "{r2_delete:.3g}",
@@ -695,8 +703,8 @@ def search_side(file: Tensor) -> Tensor:
     """True for passages of every second file: there we choose, on the others we test. [n]"""
     files = file.unique()
     if len(files) < 2:
-        raise InputError("the text is one file; what is chosen on some files is tested on others, so "
-                         "give a folder of them")
+        raise InputError("the text is one file; what is chosen on some files is tested on others, "
+                         "so give a folder of them")
     return torch.isin(file, files[::2])
 
 
@@ -729,47 +737,51 @@ def steer(cell: Cell, args):
     side; with --prompt one edit, shown."""
     if args.prompt is not None or args.target is not None:
         return show(cell, args)
-    tokens, keys = cell.passages.tokens[:, :PROMPT], [args.key or "read"]
-    each = 1 if args.quick or args.smallest else 3                    # targets per prompt and stratum
+    tokens, key = cell.passages.tokens[:, :PROMPT], args.key or "read"
+    each = 1 if args.quick or args.smallest else 3               # targets per prompt and stratum
     pairs = writesae.draw_targets(cell.model, tokens, each, cell.rng)
-    cells, results = reach_cells(cell, args.reach), []
+    if len(pairs["stratum"].unique()) < len(writesae.STRATA):
+        raise InputError("no token of rank 100 to 1000 in and out of these prompts (the vocabulary "
+                         f"has {cell.model.vocab} tokens): take more --passages")
 
-    def edit(pairs: Table, **how) -> Table:                            # the same draws for every edit
-        return writesae.steer(cell.model, tokens, pairs, how.pop("cells", cells),
-                              generator=torch.Generator().manual_seed(args.seed), **how)
+    def edit(pairs: Table, value: str | None, key: str = key, size: float = args.magnitude,
+             budget: bool = False, reach: str = args.reach, n: int = writesae.EDITED) -> Table:
+        rng = torch.Generator().manual_seed(args.seed)              # the same draws for every edit
+        return writesae.steer(cell.model, tokens, pairs, reach_cells(cell, reach), key, value, size,
+                              budget, rng, n)
 
     if args.smallest:
         seen = search_side(cell.passages.file).to(tokens.device)[pairs["prompt"]]
-        for key in [args.key] if args.key else writesae.KEY_SIDES:
-            results.append(least_budget(edit, some_rows(pairs, seen), some_rows(pairs, ~seen), key))
-        return [r | dict(reach=args.reach) for r in results], pairs
-    native = edit(pairs)
-    random = edit(pairs, key=keys[0], value="random", size=args.magnitude)
+        search, unseen = some_rows(pairs, seen), some_rows(pairs, ~seen)
+        keys = [args.key] if args.key else writesae.KEY_SIDES
+        found = [least_budget(edit, search, unseen, key) for key in keys]
+        return [r | dict(reach=args.reach) for r in found], pairs
+    native, random, results = edit(pairs, None), edit(pairs, "random"), []
     for value in progress("steer")([args.value] if args.value else writesae.VALUE_SIDES):
-        how = dict(key=keys[0], value=value)
-        edited = edit(pairs, size=args.magnitude, **how)
-        r = how | dict(reach=args.reach, magnitude=args.magnitude, budget=False,
-                       size=edited["size"].mean().item(), strata=by_stratum(edited, native, random))
-        if value in SIGN_TESTED:                    # one head, one position, the natural size
-            one = edit(pairs, cells=[(cell.layer, cell.head)], size=1.0, n=1, **how)
+        edited = edit(pairs, value)
+        r = dict(value=value, key=key, reach=args.reach, magnitude=args.magnitude, budget=False,
+                 size=edited["size"].mean().item(), strata=by_stratum(edited, native, random))
+        if value in SIGN_TESTED:                   # one head, the last position, the natural size
+            one = edit(pairs, value, size=1.0, reach="head", n=1)
             r["sign_rate"] = (one["logit"] > native["logit"]).double().mean().item()
         results.append(r)
     return results, edited
 
 
 def least_budget(edit: Callable, search: Table, unseen: Table, key: str) -> dict:
-    """The least budget of all edits together, in native writes, after which every target on the search
-    prompts persists, by bisection (as if every larger one passed too). Figures: the unseen prompts."""
+    """The least budget of all edits together, in native writes, after which every target on the
+    search prompts persists, by bisection (as if every larger one passed too). Its figures are from
+    the unseen prompts."""
     tried = {}
 
     def passes(budget: float) -> bool:
-        edited = edit(search, key=key, value="memory", size=budget, budget=True)
+        edited = edit(search, "memory", key=key, size=budget, budget=True)
         tried[budget] = writesae.persists(edited).double().mean().item()
         return tried[budget] == 1
 
     i = bisect.bisect_left(BUDGETS, True, key=passes)
     budget = BUDGETS[min(i, len(BUDGETS) - 1)]
-    edited, native, random = (edit(unseen, key=key, value=value, size=budget, budget=True)
+    edited, native, random = (edit(unseen, value, key=key, size=budget, budget=True)
                               for value in ("memory", None, "random"))
     return dict(value="memory", key=key, magnitude=budget, budget=True, found=i < len(BUDGETS),
                 size=edited["size"].mean().item(), n_search=len(search["target"]),
@@ -782,18 +794,18 @@ def show(cell: Cell, args):
     encode, decode = cell.tokenizer.encode, cell.tokenizer.decode
     target = encode(args.target or "")
     if not args.prompt or len(target) != 1:
-        raise InputError(f"--target {args.target!r} is {len(target)} tokens ({[decode([i]) for i in target]}) "
-                         "for this model: give a text as --prompt and one token as --target")
+        raise InputError(f"--target {args.target!r} is {len(target)} tokens for this model "
+                         f"({[decode([i]) for i in target]}): give a --prompt and one token")
     tokens = torch.tensor([encode(args.prompt)], device=cell.model.device)
-    pair = dict(zip(("prompt", "target", "stratum"), torch.tensor([[0], target, [0]]).to(tokens)))
-    how = dict(key=args.key or "read", value=args.value or "memory", size=args.magnitude)
-    cells = reach_cells(cell, args.reach)
-    before, after = (writesae.steer(cell.model, tokens, pair, cells, generator=cell.rng, **x)
-                     for x in ({}, how))
-    texts = {name: decode(ids[0].tolist()) for name, ids in (
-        ("no edit", before["said"]), ("edited", after["said"]), ("kept", after["kept"]))}
-    return dict(target=args.target, prompt=args.prompt, reach=args.reach, texts=texts,
-                size=after["size"].item(), magnitude=args.magnitude, value=how["value"], key=how["key"],
+    pair = {name: torch.tensor([x], device=tokens.device)
+            for name, x in dict(prompt=0, target=target[0], stratum=0).items()}
+    key, value = args.key or "read", args.value or "memory"
+    before, after = (writesae.steer(cell.model, tokens, pair, reach_cells(cell, args.reach), key, v,
+                                    args.magnitude, generator=cell.rng) for v in (None, value))
+    texts = {"no edit": before["said"], "edited": after["said"], "kept": after["kept"]}
+    return dict(prompt=args.prompt, target=args.target, value=value, key=key, reach=args.reach,
+                magnitude=args.magnitude, size=after["size"].item(),
+                texts={name: decode(ids[0].tolist()) for name, ids in texts.items()},
                 p_target=after["log_p"][0].exp().tolist()), after
 
 
@@ -801,41 +813,44 @@ def steer_rows(results: list[dict]) -> list[dict]:
     """No edit, a random one, then a row per edit; of `show` a few lines instead."""
     first = results[0]
     if "texts" in first:
-        print("{model}: {value}, {key} key, reach {reach}, {magnitude:g}x; all states change by {size:.0%} "
-              "of their norm; target {target!r}".format(**first))
+        print("{model}: {value}, {key} key, reach {reach}, {magnitude:g}x; all states change by "
+              "{size:.0%} of their norm; target {target!r}".format(**first))
         for name, text in first["texts"].items():
             print(f"  {name:8} {text!r}")
-        print("  p(target) at each step of kept: " + " ".join(f"{p:.2f}" for p in first["p_target"]))
+        chances = " ".join(f"{p:.2f}" for p in first["p_target"])
+        print(f"  p(target) at each step of kept: {chances}")
         return []
 
     def control(r: dict, kind: str) -> dict:
         strata = [dict(persists_rate=s[kind + "_persists_rate"], edited_rate=s[kind + "_rate"],
                        edited_perplexity=s[kind + "_perplexity"]) for s in r["strata"]]
-        return dict(what="{model}, {n} pairs: ".format(model=r["model"], n=r["strata"][0]["n_pairs"]) + kind,
-                    strata=strata)
+        return dict(what=f"{r['model']}, {r['strata'][0]['n_pairs']} pairs: {kind}", strata=strata)
 
     rows = [control(first, "native")]
     for r in results:
-        size = "{key} key, budget {magnitude:g}" if r["budget"] else "{key} key, {magnitude:g}x"
-        rows += [control(r, "random")] if r["budget"] or r is first else []
-        rows.append(r | dict(what="  {value}, ".format(**r) + size.format(**r)))
+        if r["budget"] or r is first:
+            rows.append(control(r, "random"))
+        size = "budget {magnitude:g}" if r["budget"] else "{magnitude:g}x"
+        rows.append(r | dict(what=("  {value}, {key} key, " + size).format(**r)))
     return rows
 
 
 STEER_LEGEND = """\
-Steering: key valueᵀ is added to the states at a prompt's last three positions, then 20 tokens are decoded.
-Targets: rank 100-1000 for the first new token; in the prompt, or absent from it.  Nx: each edit N times as
-large as the write beside it.  budget: all of a prompt's edits together, in such writes.
-persists: the target is among tokens 2 to 20 if the first is forced back to the unedited one: a memory.
-appears: it is among the 20 (the paper's measure).  lift: of log p(target) for the first new token, nats.
-states: norm of the change of all states at the prompt's end, of theirs.  ppl: perplexity of what is
-said under the unedited model; forced: of saying the token once, without an edit.
-sign: share of targets whose first logit one head's edit at the last position, 1x, moves as it says.
-A budget is the least after which all targets on the search prompts persist; its row: unseen prompts."""
+Steering: key valueᵀ is added to the states at a prompt's last three positions, then 20 tokens are
+decoded. Targets: rank 100-1000 for the first new token; in the prompt, or absent from it.
+Nx: each edit is N times as large as the write beside it.  budget: of all edits of a prompt together,
+in such writes; the least after which all targets on the search prompts persist, its row is from the
+unseen prompts.  persists: the target is among tokens 2 to 20 if the first is forced back to the
+unedited one: a memory.  appears: it is among the 20 (the paper's measure).  lift: of log p(target)
+for the first new token, nats.  states: norm of the change of all states at the prompt's end, over
+theirs.  ppl: perplexity of what is said under the unedited model; forced: of saying the token at
+once, without an edit.  sign: share of targets whose first logit rises by one head's edit, 1x, at
+the last position."""
 STEER_COLUMNS = {
     "edit                               ": "{what}", "persists": "{strata[0][persists_rate]:.1%}",
     "absent": "{strata[1][persists_rate]:.1%}", "appears": "{strata[0][edited_rate]:.1%}",
-    "absent, appears": "{strata[1][edited_rate]:.1%}", "lift": "{strata[0][first_step_lift_nats]:+.1f}",
+    "absent, appears": "{strata[1][edited_rate]:.1%}",
+    "lift": "{strata[0][first_step_lift_nats]:+.1f}",
     "states": "{size:.0%}", "ppl": "{strata[0][edited_perplexity]:.1f}",
     "forced": "{strata[0][forced_perplexity]:.1f}", "sign": "{sign_rate:.1%}"}
 
@@ -847,7 +862,8 @@ def draw_steer(results: list[dict], tables: list[Table]):
     for axis, r in zip(axes, memories.values()):
         for shift, s in zip((-0.2, 0.2), r["strata"]):
             steps = [i + 1 + shift for i in range(writesae.NEW)]
-            axis.bar(steps, s["said_at"], 0.4, label=f"{s['name']}: {sum(s['said_at'])} of {s['n_pairs']}")
+            label = f"{s['name']}: {sum(s['said_at'])} of {s['n_pairs']}"
+            axis.bar(steps, s["said_at"], 0.4, label=label)
         axis.set(xlabel="new token at which the target is first said", title=r["model"])
         axis.legend(fontsize=8)
     axes[0].set_ylabel("continuations")
@@ -858,10 +874,11 @@ def add_steering(p: Parser):
     """What `steer` alone takes."""
     p.add_argument("--key", choices=writesae.KEY_SIDES, help="key side (default read)")
     p.add_argument("--value", choices=writesae.VALUE_SIDES, help="only this value side")
-    p.add_argument("--reach", default="all", choices=["head", "layer", "all"], help="which heads are edited")
-    p.add_argument("--magnitude", type=finite, default=3.0, help="size of each edit, in native writes")
-    p.add_argument("--smallest", action="store_true", help="search the least budget after which targets persist")
-    p.add_argument("--prompt", metavar="TEXT", help="show one edit after this text, with --target")
+    p.add_argument("--reach", default="all", choices=["head", "layer", "all"], help="edited heads")
+    p.add_argument("--magnitude", type=finite, default=3.0, help="each edit, in native writes")
+    p.add_argument("--smallest", action="store_true",
+                   help="search the least budget after which targets persist (--passages 120)")
+    p.add_argument("--prompt", metavar="TEXT", help="show one edit of this text, with --target")
     p.add_argument("--target", metavar="TOKEN", help="the token that is to appear after --prompt")
 
 
@@ -876,7 +893,8 @@ def erase(cell: Cell, args):
     positions = range(POSITIONS.start, POSITIONS.stop, 4 if args.quick else 1)
     table = writesae.erasure(
         cell.model, cell.sae, cell.passages.tokens, cell.layer, cell.head, positions,
-        search_side(cell.passages.file), cell.rng, cosine_min, 5 if args.quick else 20, progress("erase"))
+        search_side(cell.passages.file), cell.rng, cosine_min, 5 if args.quick else 20,
+        progress("erase"))
     table["file"] = cell.passages.file[table["passage"]]
     figures, atoms = writesae.erasure_figures(table, cell.rng), []
     for atom in table["index"].unique().tolist():
@@ -895,12 +913,12 @@ def erase_rows(results: list[dict]) -> list[dict]:
 
 
 ERASE_LEGEND = """\
-Erasing: a A taken out of the state where the atom fires; the change of log p of the token that it promotes,
-mean over the write's step and the ten after it, nats, median of firings. Atoms and their tokens were chosen
-in other files, the token by the formula alone (rung "gated"), so that no edit had a say in it.
-random, other: a random direction, another atom, of the same norm taken out there.  elsewhere: the atom,
-where it does not fire.  effect: mean of atom minus random, paired [95 %, whole files drawn again].
-The paper: one atom, 150 firings, median -0.116 nats; it chose the token by the effect."""
+Erasing: a A is taken out of the state where the atom fires. Change of log p of the token that it
+promotes, mean over the write's step and the ten after it, in nats, median of firings. Atoms and
+tokens were chosen in other files, tokens by the formula alone (rung "gated"): no edit had a say.
+random, other: a random direction, another atom, of the same norm taken out there.  elsewhere: the
+atom, where it does not fire.  effect: mean of atom minus random, paired [95 %, by whole files].
+The paper: one atom, 150 firings, median -0.116 nats."""
 ERASE_COLUMNS = {
     "atom, token              ": "{what}", "n": "{n_firings}", "files": "{n_files}",
     "atom": "{firing_median:+.4f}", "falls": "{firing_falls:.0%}", "random": "{random_median:+.4f}",
@@ -1204,6 +1222,136 @@ EXPERIMENTS = {
     "compare": Experiment(compare, COMPARE_COLUMNS, list, COMPARE_LEGEND, (60, 12), needs_sae=False,
                           draw=draw_compare),
 }
+
+
+# --------------------------------------------------------------------------------------------------
+# bench: ratios against other implementations, run for real in the same process
+# --------------------------------------------------------------------------------------------------
+def paired(ours: Callable, peer: Callable, runs: int) -> tuple[float, float]:
+    """Median seconds of two functions, called in turn after one warm-up each."""
+    times = []
+    for run in range(runs + 1):
+        pair = []
+        for function in (ours, peer):
+            began = time.perf_counter()
+            function()
+            pair.append(time.perf_counter() - began)
+        times.append(pair)
+    return tuple(torch.tensor(times[1:]).median(0).values.tolist())
+
+
+@torch.no_grad()
+def bench_branches(name: str, args, runs: int) -> dict:
+    """Branches of a run against transformers doing the same: the prefix cached, for each branch the
+    cache copied, one head's state changed, eleven tokens read. The peer can only change the state
+    before token t: by A_t⁻¹ X, which A_t makes X. The KLs are asserted equal."""
+    import copy
+    import transformers
+    model = open_model(name, args)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32)
+    P, t, (layer, head) = 8, 64, (1, 0)
+    tokens = torch.randint(model.vocab, (P, t + HORIZONS), generator=torch.Generator().manual_seed(0))
+    p = next(writesae.points(model, tokens, layer, head, [t]))
+    change = p.write().times(-torch.ones(P))
+    key = dict(gdn="past_key_values", mamba2="cache_params")[name]
+    start = peer(tokens[:, :t], use_cache=True)[key]
+    native = peer(tokens).logits[:, t:].log_softmax(-1)
+    s = p.s.times(0, 1)
+    A = torch.diag_embed(s.log_decay[:, 0, 0].exp().expand(-1, s.k.shape[-1]))            # [P, K, K]
+    if s.erase_in is not None:
+        A = A - models.outer(s.erase_out[:, 0, 0], s.erase_in[:, 0, 0])
+    before = torch.linalg.solve(A.double(), change.matrix().double()).float()             # [P, K, V]
+
+    def ours() -> Tensor:
+        return writesae.kl_divergence(p.logp, p.branch(change))
+
+    def theirs() -> Tensor:
+        cache = copy.deepcopy(start)
+        state = cache.layers[layer].recurrent_states[0][:, head]
+        state += before if name == "gdn" else before.mT                    # Mamba-2's is value first
+        steps = [tokens[:, t:]] if name == "gdn" else tokens[:, t:].split(1, 1)
+        logits = []
+        for step in steps:
+            out = peer(step, use_cache=True, **{key: cache})
+            logits.append(out.logits)
+        return writesae.kl_divergence(native, torch.cat(logits, 1).log_softmax(-1))
+
+    torch.testing.assert_close(ours(), theirs(), rtol=1e-2, atol=1e-6)
+    seconds = paired(ours, theirs, runs)
+    return dict(name=f"{name}: branches of a run", ours=P / seconds[0], peer=P / seconds[1],
+                peer_name="transformers", unit="branches/s")
+
+
+@torch.no_grad()
+def bench_reading(name: str, folder: str, T: int, args, runs: int) -> dict:
+    """Reading T tokens (T = 1: one more token after 64) against transformers."""
+    import transformers
+    model = open_model(folder, args)
+    dtype = model.unembedding.dtype
+    peer = transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=dtype)
+    tokens = torch.randint(2048, (1, max(T, 65)), generator=torch.Generator().manual_seed(0))
+    if T > 1:
+        seconds = paired(lambda: model(tokens), lambda: peer(tokens), runs)
+        what = f"read {T:,} tokens"
+    else:
+        _, cache = model(tokens[:, :64])
+        key = dict(gdn="past_key_values", mamba2="cache_params")[model.architecture]
+        theirs = {key: peer(tokens[:, :64], use_cache=True)[key], "use_cache": True}
+        seconds = paired(lambda: model(tokens[:, 64:], cache), lambda: peer(tokens[:, 64:], **theirs),
+                         4 * runs)
+        what = "one token more"
+    return dict(name=f"{name}: {what}", ours=T / seconds[0], peer=T / seconds[1],
+                peer_name="transformers", unit="tokens/s")
+
+
+def bench_training(size: int, runs: int) -> dict:
+    """A training step of the SAE on writes as factors, against the same step on K x V matrices."""
+    rng = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2000, size, generator=rng), torch.randn(2000, size, generator=rng)
+    X = writesae.write_of(k, v)
+
+    def steps_on(inputs: Factored) -> Callable:
+        sae = WriteSAE(2048, size, size)
+        return lambda: writesae.fit_gradient(sae, inputs, torch.Generator().manual_seed(0), steps=2,
+                                             batch=256)
+
+    seconds = paired(steps_on(X), steps_on(writesae.matrix_of(X.matrix())), runs)
+    return dict(name=f"SAE step, writes of {size} x {size}", ours=2 / seconds[0], peer=2 / seconds[1],
+                peer_name="on matrices", unit="steps/s")
+
+
+@torch.no_grad()
+def bench_length(name: str, args, runs: int) -> dict:
+    """Tokens a second at 8,192 tokens against 1,024 (1: the cost of a token does not grow)."""
+    model = open_model(name, args)
+    tokens = torch.randint(model.vocab, (1, 8192), generator=torch.Generator().manual_seed(0))
+    seconds = paired(lambda: model(tokens), lambda: model(tokens[:, :1024]), runs)
+    return dict(name=f"{name}: cost of length", ours=8192 / seconds[0], peer=1024 / seconds[1],
+                peer_name="itself at 1,024", unit="tokens/s")
+
+
+def bench(args) -> int:
+    """Every row as soon as it is measured; ratio > 1: ours is better."""
+    runs, rows = 2 if args.quick else 5, []
+    printer = TablePrinter({"what                        ": "{name}", "ours": "{ours:,.1f}",
+                            "peer": "{peer:,.1f}", "unit      ": "{unit}", "ratio": "{ratio:.2f}",
+                            "peer is      ": "{peer_name}"})
+    jobs = [lambda name=name: bench_branches(name, args, runs) for name in ("gdn", "mamba2")]
+    for name in ("gdn", "mamba2"):
+        for T in (512, 1) if args.quick else (512, 4096, 1):
+            jobs.append(lambda name=name, T=T: bench_reading(name, name, T, args, runs))
+    if args.model not in (None, *EMBEDDED):
+        jobs = [lambda T=T: bench_reading(args.model, args.model, T, args, runs) for T in (512, 1)]
+    jobs += [lambda size=size: bench_training(size, runs) for size in (64, 128)[:1 if args.quick else 2]]
+    if not args.quick:
+        jobs += [lambda name=name: bench_length(name, args, runs) for name in EMBEDDED]
+    for job in jobs:
+        row = job()
+        rows.append(row | dict(ratio=row["ours"] / row["peer"]))
+        printer.print(rows[-1])
+    if args.json:
+        write_text(args.json, json.dumps(rows, indent=1))
+    return 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1579,7 +1727,6 @@ def make_parser() -> Parser:
     p.add_argument("--what", choices=[*COMPARED, "variants"], default="sizes")
     p = command("bench", add_cell, example="--quick")
     p.add_argument("--json", metavar="FILE", help="write the results there")
-    p.add_argument("--full-size", action="store_true", help="at the size of Qwen3.5-0.8B, random weights")
     p = command("picture", example="--plot figures/method.png")
     p.add_argument("--plot", metavar="FILE.png", default=os.path.join(HERE, "figures", "method.png"))
     command("train", add_cell, add_sae, add_settings, example="--model rwkv7 --layer 2 --head all")
@@ -1613,7 +1760,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-COMMANDS = dict(picture=picture, train=train, pretrain=pretrain)
+COMMANDS = dict(bench=bench, picture=picture, train=train, pretrain=pretrain)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -832,7 +832,7 @@ def test_a_random_direction_at_its_own_coefficient_is_nearer_than_nothing(seed):
 @given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 9), st.integers(1, 9),
        st.floats(1e-3, 1e3), st.integers(1, 3))
 def test_the_state_part_of_the_formula_is_exact_at_any_size(kind, seed, K, V, size, rank):
-    """The recurrence is linear in the state, so no order is lost there: δo to 1e-5 of the largest."""
+    """The recurrence is linear in the state, so no order is lost there: to 1e-5 of the largest."""
     s = random_steps(kind, seed, T=11, H=1, K=K, V=V)
     s = StepInputs(*(None if x is None else x.double() for x in s))
     change = Factored(torch.randn(2, rank, K, generator=rng(seed)).double(),
@@ -849,7 +849,7 @@ def ladder_case(kind: str, size: float = 1.0):
     p = next(writesae.points(model, random_tokens(12, B=4, T=34), 1, 2, [9]))
     mixer = model.layers[1].mixer
     value = torch.randn(4, 1, mixer.V, generator=rng(1)).double()
-    if kind == "rwkv7":                          # its norm takes the mean out: keep it out of the edit
+    if kind == "rwkv7":                     # its norm takes the mean out: keep it out of the edit
         value = value - value.mean(-1, keepdim=True)
     change = Factored(torch.randn(4, 1, mixer.K, generator=rng(0)).double(), size * value)
     return p, change, p.logp[:, 0].topk(3).indices
@@ -862,15 +862,17 @@ def rungs_of(p, change, targets) -> dict:
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_ladder_is_exact_to_the_order_it_claims(kind):
-    """Errors of an exact first order fall with the square of the edit's size, of a second order with
-    the cube: halve the edit, and compare."""
+    """Errors of an exact first order fall with the square of the edit's size, of a second order
+    with the cube: halve the edit, and compare."""
     big, small = (rungs_of(*ladder_case(kind, size)) for size in (2e-3, 1e-3))
-    error = {name: tuple((r[name] - r["measured"]).norm().item() for r in (big, small)) for name in big}
+    error = {name: [(r[name] - r["measured"]).norm().item() for r in (big, small)] for name in big}
     assert big["measured"].norm() > 1e-5
     for name, order in writesae.RUNGS.items():
-        ratio = error[name][0] / error[name][1]
-        assert order == 0 or 0.8 < math.log2(ratio) - order < 1.2, f"{name}: order {math.log2(ratio)}"
+        falls = math.log2(error[name][0] / error[name][1])
+        assert order == 0 or abs(falls - order - 1) < 0.25, f"{name} is of order {falls - 1:.2f}"
         assert order or error[name][0] > 3 * error["full Jacobian"][0], f"{name} leaves nothing out"
+    same = torch.equal(big["three factors"], big["exact transition"])
+    assert same == (kind == "mamba2"), "without an erase the gates are the transition"
 
 
 class Fixed(torch.nn.Module):
@@ -889,26 +891,20 @@ class Fixed(torch.nn.Module):
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("rung", ["gated", "gated and scaled"])
-def test_gated_rungs_are_the_direct_path_where_the_norms_scale_is_held_fixed(kind, rung, monkeypatch):
-    """Held at what it is natively, or for "gated" at one and no final norm at all."""
+def test_gated_rungs_are_the_direct_path_with_the_norms_scale_held_fixed(kind, rung, monkeypatch):
+    """Held at what it is natively, or for "gated" at one and with no final norm."""
     p, change, targets = ladder_case(kind)
     expected, model = rungs_of(p, change, targets)[rung], p.model
     block = model.layers[p.layer]
     last, _ = model.run(p.stream, p.cache, first=p.layer)
-    o, s, rest = writesae.all_heads(block, p.stream, p.cache.layers[p.layer])
-    gate, scale = block.mixer.gate_and_scale(o, s, rest)
+    reads = writesae.all_heads(block, p.stream, p.cache.layers[p.layer])
+    gate, scale = block.mixer.gate_and_scale(*reads)
     scaled = rung == "gated and scaled"
-    monkeypatch.setattr(block.mixer, "gate_and_scale",
-                        lambda *_: (gate, scale if scaled else torch.ones_like(scale)))
+    held = gate, scale if scaled else torch.ones_like(scale)
+    monkeypatch.setattr(block.mixer, "gate_and_scale", lambda o, s, rest: held)
     monkeypatch.setattr(model, "norm", Fixed(model.norm, last.x) if scaled else torch.nn.Identity())
-    monkeypatch.setattr(writesae, "norm_slope", lambda norm, x: x)          # not what is looked at now
+    monkeypatch.setattr(writesae, "norm_slope", lambda norm, x: x)     # not what is looked at now
     torch.testing.assert_close(rungs_of(p, change, targets)["direct path"], expected)
-
-
-def test_without_erase_the_gates_are_the_transition():
-    """Mamba-2: its failure is not in the state but downstream of it."""
-    rungs = rungs_of(*ladder_case("mamba2"))
-    assert torch.equal(rungs["three factors"], rungs["exact transition"])
 
 
 def test_agreement_by_hand():
@@ -923,25 +919,11 @@ def test_agreement_by_hand():
 CELLS = [(1, 0), (1, 2), (2, 1)]
 
 
-def steering_case(kind: str, seed: int = 0):
+def steering_case(kind: str):
     """A tiny model, two prompts, three pairs of a prompt and a target."""
     columns = torch.tensor([[0, 1, 1], [7, 20, 33], [0, 0, 1]])
     pairs = dict(zip(("prompt", "target", "stratum"), columns))
-    return tiny_model(kind, seed), random_tokens(seed, T=12), pairs
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_decoding_with_a_cache_is_decoding_from_scratch_edits_included(kind):
-    model, prompt, _ = steering_case(kind)
-    mixer = model.layers[1].mixer
-    edits = [Edit(1 + t % 2, t % 3, t, torch.randn(mixer.K, generator=rng(t)),
-                  torch.randn(mixer.V, generator=rng(t + 50))) for t in (9, 10, 10, 11)]
-    _, cache = model(prompt[:, :9])
-    logits, cache = model(prompt[:, 9:], cache, edits)
-    tokens, logits = model.generate(logits[:, -1], cache, 8)
-    scratch = model(torch.cat([prompt, tokens], 1), edits=edits)[0][:, 11:-1]
-    torch.testing.assert_close(logits, scratch, atol=2e-4, rtol=1e-4)
-    assert torch.equal(tokens, scratch.argmax(-1))
+    return tiny_model(kind), random_tokens(0, T=12), pairs
 
 
 def decode(model, tokens, edits=(), first=None):
@@ -955,9 +937,9 @@ def decode(model, tokens, edits=(), first=None):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("key, value", [("write", "formula"), ("read", "gated"), ("write", "memory")])
+@pytest.mark.parametrize("key, value", [("write", "formula"), ("read", "gated")])
 def test_steering_is_a_full_forward_pass_with_edits(kind, key, value):
-    """Every column of `steer`, and the score of a memory, against whole passes from the first token."""
+    """Every column of `steer`, and the score of a memory, against passes from the first token."""
     model, tokens, pairs = steering_case(kind)
     table = writesae.steer(model, tokens, pairs, CELLS, key, value, 3.0)
     tokens, target = tokens[pairs["prompt"]], pairs["target"]
@@ -966,24 +948,23 @@ def test_steering_is_a_full_forward_pass_with_edits(kind, key, value):
     values = writesae.steering_values(prompts, keys, target, value, 3.0, False, None)
     edits = [Edit(layer, head, 9 + t, keys[:, t, c], values[:, t, c])
              for c, (layer, head) in enumerate(CELLS) for t in range(3)]
-    unedited, native = decode(model, tokens)
+    unedited, _ = decode(model, tokens)
     said, _ = decode(model, tokens, edits)
     kept, log_p = decode(model, tokens, edits, unedited[:, 0])
     without, judge = decode(model, tokens, first=target)
-    assert torch.equal(table["said"], said) and torch.equal(table["kept"], kept)
+    judge_said = model(torch.cat([tokens, said], 1))[0][:, 11:-1].log_softmax(-1)
+    state, edited = (torch.cat([cache.layers[i]["state"].flatten(1) for i in (0, 1, 2)], 1)
+                     for _, cache in (model(tokens), model(tokens, edits=edits)))
     of_target = log_p.gather(-1, target[:, None, None].expand(-1, 20, 1))[..., 0]
-    torch.testing.assert_close(table["log_p"], of_target, atol=2e-4, rtol=1e-4)
-    nll = -judge.gather(-1, without[..., None]).mean((1, 2))
-    torch.testing.assert_close(table["nll_forced"], nll, atol=2e-4, rtol=1e-3)
-    judged = model(torch.cat([tokens, said], 1))[0][:, 11:-1].log_softmax(-1)
-    nll = -judged.gather(-1, said[..., None]).mean((1, 2))
-    torch.testing.assert_close(table["nll"], nll, atol=2e-4, rtol=1e-3)
-    states = [[layer["state"].flatten(1) for layer in cache.layers if "state" in layer]
-              for _, cache in (model(tokens), model(tokens, edits=edits))]
-    before, after = (torch.cat(x, 1) for x in states)
-    torch.testing.assert_close(table["size"], (after - before).norm(dim=1) / before.norm(dim=1))
+    expected = dict(
+        said=said, kept=kept, log_p=of_target,
+        size=(edited - state).norm(dim=1) / state.norm(dim=1),
+        nll=-judge_said.gather(-1, said[..., None]).mean((1, 2)),
+        nll_forced=-judge.gather(-1, without[..., None]).mean((1, 2)))
+    for name, x in expected.items():
+        torch.testing.assert_close(table[name], x, atol=2e-4, rtol=1e-3, msg=name)
     log_p = model(torch.cat([tokens, unedited], 1), edits=edits)[0][:, 11:-1].log_softmax(-1)
-    chance = 0                  # of leaving the unedited tokens for the target, at step 2, 3, ..., 20
+    chance = 0               # of leaving the unedited tokens for the target, at step 2, 3, ..., 20
     for n in range(1, writesae.NEW):
         way = log_p[:, 1:n].gather(-1, unedited[:, 1:n, None]).sum((1, 2))
         chance = chance + (way + log_p[:, n].gather(-1, target[:, None])[:, 0]).exp()
@@ -992,16 +973,17 @@ def test_steering_is_a_full_forward_pass_with_edits(kind, key, value):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_an_edit_of_zero_size_changes_nothing_and_none_leaks(kind):
+def test_an_edit_of_zero_size_changes_nothing_and_none_leaks(kind, monkeypatch):
     """So its `persists` is the unedited rate; and a later run does not know of an earlier edit."""
+    monkeypatch.setattr(writesae, "NEW", 8)
     model, tokens, pairs = steering_case(kind)
     native = writesae.steer(model, tokens, pairs, CELLS)
     for value in ("random", *writesae.VALUE_SIDES):
-        for size in (0.0, 5.0):
-            table = writesae.steer(model, tokens, pairs, CELLS, "read", value, size, generator=rng(0))
-            same = {name: torch.equal(x, native[name]) for name, x in table.items()}
-            assert all(same.values()) if size == 0 else (table["size"] > 0).all(), f"{value}: {same}"
-            assert size or torch.equal(writesae.persists(table), writesae.persists(native))
+        nothing = writesae.steer(model, tokens, pairs, CELLS, "read", value, 0.0, generator=rng(0))
+        assert all(torch.equal(x, native[name]) for name, x in nothing.items()), value
+    assert torch.equal(writesae.persists(nothing), writesae.persists(native))
+    edited = writesae.steer(model, tokens, pairs, CELLS, "read", "gated", 5.0)
+    assert (edited["size"] > 0).all()
     again = writesae.steer(model, tokens, pairs, CELLS)
     assert all(torch.equal(x, again[name]) for name, x in native.items())
 
@@ -1010,14 +992,15 @@ def test_what_appears_and_what_persists_by_hand():
     """Said at once and never again; said at step 3 though the first token is forced; not at all."""
     said, kept = torch.zeros(2, 3, writesae.NEW, dtype=torch.long)
     said[0, 0], kept[0, 0], said[1, 4], kept[1, 2] = 7, 7, 7, 7
-    zeros = torch.zeros(3)
-    table = dict(target=torch.full((3,), 7), said=said, kept=kept, log_p=torch.zeros(3, 20), nll=zeros,
-                 nll_forced=zeros + math.log(2))
+    table = dict(target=torch.full((3,), 7), said=said, kept=kept, log_p=torch.zeros(3, 20),
+                 nll=torch.zeros(3), nll_forced=torch.full((3,), math.log(2)))
     assert writesae.appears(table).tolist() == [True, True, False]
     assert writesae.persists(table).tolist() == [False, True, False]
     figures = writesae.steering_figures(table | dict(log_p=torch.ones(3, 20)), table, table)
-    assert figures["said_at"] == [0, 0, 1] + 17 * [0] and figures["persists_rate"] == pytest.approx(1 / 3)
-    assert figures["first_step_lift_nats"] == 1 and figures["forced_perplexity"] == pytest.approx(2)
+    assert figures["said_at"] == [0, 0, 1] + 17 * [0]
+    assert figures["persists_rate"] == pytest.approx(1 / 3)
+    assert figures["first_step_lift_nats"] == 1
+    assert figures["forced_perplexity"] == pytest.approx(2)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -1027,18 +1010,18 @@ def test_gradients_are_what_finite_differences_say(kind, what):
     model, tokens, pairs = steering_case(kind)
     prompts = writesae.read_prompts(model.double(), tokens[pairs["prompt"]], CELLS)
     keys, target = writesae.edit_keys(prompts.s, "write"), pairs["target"]
-    direction, elsewhere = (writesae.steering_values(prompts, keys, target, "random", 1.0, False, rng(seed))
-                            for seed in (0, 1))
-    for at in (0 * direction, elsewhere):
-        up, down = (writesae.score(prompts, keys, at + e * direction, target, what) for e in (1e-4, -1e-4))
-        slope = writesae.gradient(prompts, keys, at, target, what)
-        predicted = (slope * direction).sum((1, 2, 3))
-        torch.testing.assert_close(predicted, (up - down) / 2e-4, atol=1e-7, rtol=1e-6)
+    step, elsewhere = (writesae.steering_values(prompts, keys, target, "random", 1.0, False,
+                                                rng(seed)) for seed in (0, 1))
+    for at in (0 * step, elsewhere):
+        up, down = (writesae.score(prompts, keys, at + e * step, target, what)
+                    for e in (1e-4, -1e-4))
+        rise = writesae.gradient(prompts, keys, at, target, what) * step
+        torch.testing.assert_close(rise.sum((1, 2, 3)), (up - down) / 2e-4, atol=1e-7, rtol=1e-6)
 
 
 class HandMade(torch.nn.Module):
-    """One head of 2 x 1: always writes under the key (1, 0), forgets half at each step, reads with q,
-    and hands gate · o to an output map (1, −1)."""
+    """One head of 2 x 1: always writes under the key (1, 0), forgets half at each step, reads with
+    q, and hands gate · o to an output map (1, −1)."""
     heads, K, V = 1, 2, 1
 
     def __init__(self, q: float, gate: float):
@@ -1047,8 +1030,9 @@ class HandMade(torch.nn.Module):
         self.out_proj.weight.data = torch.tensor([[1.0], [-1.0]])
 
     def inputs(self, h, cache, v_first=None):
-        row = lambda x: torch.tensor(x).expand(*h.shape[:2], 1, -1)
-        return StepInputs(row(self.q), row([1.0, 0.0]), row([2.0]), row([math.log(0.5)])), None, {}
+        rows = [torch.tensor(x).expand(*h.shape[:2], 1, -1)
+                for x in (self.q, [1.0, 0.0], [2.0], [math.log(0.5)])]
+        return StepInputs(*rows), None, {}
 
     def gate_and_scale(self, o, s, rest):
         return torch.full_like(o, self.gate), torch.ones_like(o)
@@ -1065,62 +1049,63 @@ def test_the_formulas_directions_by_hand(query, gate, target, sign):
 
     An edit of value y at the last of two positions is read once, with gain 2 · query (the key is as
     long as the write, 2), at the one before it with half of that. So the target's logit rises by
-    sign · gate · gain with y. "gated" says so; the three factors leave out the gate, and so point the
-    wrong way where it is negative.
+    sign · gate · gain with y. "gated" says so; the three factors leave out the gate, and so point
+    the wrong way where it is negative.
     """
     model = LanguageModel("hand", 2, 2, [Block(HandMade(query, gate), torch.nn.Identity())],
                           torch.nn.Identity(), tied=False).requires_grad_(False)
     model.head.weight.copy_(torch.eye(2))
     prompts = writesae.read_prompts(model, torch.tensor([[0, 1, 0]]), [(0, 0)], 2)
     keys, target = writesae.edit_keys(prompts.s, "write"), torch.tensor([target])
-    gains = torch.tensor([query, 2 * query])
-    rise = {gated: writesae.formula_slopes(prompts, keys, target, gated).flatten() for gated in (False, True)}
-    assert torch.equal(rise[False], sign * gains), "did you leave the gate in the paper's formula?"
-    assert torch.equal(rise[True], sign * gate * gains)
-    measured = writesae.gradient(prompts, keys, torch.zeros(1, 2, 1, 1), target, "logit").flatten()
-    torch.testing.assert_close(measured, rise[True])
+    three = sign * torch.tensor([query, 2 * query])
+    for gated, expected in ((False, three), (True, gate * three)):
+        rise = writesae.formula_slopes(prompts, keys, target, gated).flatten()
+        assert torch.equal(rise, expected), "does the gate belong into this one?"
+    measured = writesae.gradient(prompts, keys, torch.zeros(1, 2, 1, 1), target, "logit")
+    torch.testing.assert_close(measured.flatten(), gate * three)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_read_key_is_the_one_that_coming_reads_weigh_most(kind):
-    """No random key of its length has larger squared gains; at the last position it is the query."""
+    """No random key of its length has larger squared gains; at the last position: the query."""
     model, tokens, _ = steering_case(kind)
     s = writesae.read_prompts(model, tokens, CELLS).s
     keys, norm = writesae.edit_keys(s, "read"), s.k.norm(dim=-1) * s.v.norm(dim=-1)
     torch.testing.assert_close(keys.norm(dim=-1), norm)
     along = F.cosine_similarity(keys[:, -1], s.q[:, -1], dim=-1)
     torch.testing.assert_close(along, torch.ones(2, 3))
-    heard = lambda key, t: propagate(key, s.times(t))[0].square().sum(1)
     for t in range(3):
-        other = F.normalize(torch.randn(50, *keys[:, t].shape, generator=rng(t)), dim=-1)
-        best = torch.stack([heard(key, t) for key in norm[:, t, :, None] * other]).amax(0)
-        assert (heard(keys[:, t], t) >= best * (1 - 1e-4)).all()
+        others = F.normalize(torch.randn(50, *keys[:, t].shape, generator=rng(t)), dim=-1)
+        heard = [propagate(key, s.times(t))[0].square().sum(1)
+                 for key in (keys[:, t], *(norm[:, t, :, None] * others))]
+        assert (heard[0] >= torch.stack(heard).amax(0) * (1 - 1e-4)).all()
 
 
 @given(st.integers(0, 99), st.floats(0.1, 9))
 def test_sizes_are_what_they_say(seed, size):
-    """Each edit's length is the size; as a budget, the squares of a prompt's lengths sum to size²."""
+    """Each edit's length is the size; as a budget, squares of a prompt's lengths sum to size²."""
     values = torch.randn(2, 3, 4, 5, generator=rng(seed))
-    torch.testing.assert_close(writesae.sized(values, size, False).norm(dim=-1), torch.full((2, 3, 4), size))
-    shared = writesae.sized(values, size, True)
+    each, shared = (writesae.sized(values, size, budget) for budget in (False, True))
+    torch.testing.assert_close(each.norm(dim=-1), torch.full((2, 3, 4), size))
     torch.testing.assert_close(shared.flatten(1).norm(dim=1), torch.full((2,), size))
     torch.testing.assert_close(F.normalize(shared.flatten(1)), F.normalize(values.flatten(1)))
 
 
-def test_ascent_climbs_what_it_is_told_to_climb():
+def test_ascents_climb_what_they_are_told_to_climb():
     model, tokens, pairs = steering_case("gdn")
     prompts = writesae.read_prompts(model, tokens[pairs["prompt"]], CELLS)
     keys, target, reached = writesae.edit_keys(prompts.s, "write"), pairs["target"], {}
-    for kind in ("random", "gradient", "ascent", "memory"):
-        values = writesae.steering_values(prompts, keys, target, kind, 2.0, False, rng(0))
-        reached[kind] = [writesae.score(prompts, keys, values, target, what) for what in ("log_p", "memory")]
-    assert (reached["ascent"][0] > reached["gradient"][0]).all()
-    assert (reached["gradient"][0] > reached["random"][0]).all()
-    assert (reached["memory"][1] > reached["ascent"][1]).all()
+    for kind in ("gradient", "ascent", "memory"):
+        values = writesae.steering_values(prompts, keys, target, kind, 2.0, False, None)
+        for what in ("log_p", "memory"):
+            reached[kind, what] = writesae.score(prompts, keys, values, target, what)
+    assert (reached["ascent", "log_p"] > reached["gradient", "log_p"]).all()
+    assert (reached["memory", "memory"] > reached["ascent", "memory"]).all()
 
 
 def test_targets_are_unique_and_of_their_stratum():
-    logits, tokens = torch.randn(6, 3000, generator=rng(0)), random_tokens(0, B=6, T=400, vocab=3000)
+    logits = torch.randn(6, 3000, generator=rng(0))
+    tokens = random_tokens(0, B=6, T=400, vocab=3000)
     pairs = writesae.draw_targets(lambda _: (logits[:, None], None), tokens, 3, rng(0))
     rows = list(zip(*(x.tolist() for x in pairs.values())))
     assert len(set(rows)) == len(rows) == 36
@@ -1130,16 +1115,17 @@ def test_targets_are_unique_and_of_their_stratum():
 
 
 @pytest.mark.parametrize("first", [0, 7, 24, 25])
-def test_the_least_budget_is_found_on_the_search_prompts_and_reported_from_the_others(first):
-    """A made-up model in which edits persist from one budget on: on all search prompts, on half of the
-    unseen ones."""
-    def edit(pairs, key, value, size, budget):
+def test_the_least_budget_is_found_on_search_prompts_and_told_of_the_others(first):
+    """Made-up edits persist from one budget on: on all search prompts, half of the unseen ones."""
+    def edit(pairs, value, key, size, budget):
         works = value == "memory" and budget and size >= (run.BUDGETS + [math.inf])[first]
-        kept = torch.zeros(4, writesae.NEW, dtype=torch.long)
+        kept, zeros = torch.zeros(4, writesae.NEW, dtype=torch.long), torch.zeros(4)
         kept[:4 if pairs["side"] == "search" else 2, 5] = 7 if works else 0
-        return dict(target=torch.full((4,), 7), stratum=torch.tensor([0, 1, 0, 1]), kept=kept, said=kept,
-                    log_p=torch.zeros(4, 20), nll=torch.zeros(4), nll_forced=torch.zeros(4), size=torch.ones(4))
-    found = run.least_budget(edit, dict(side="search", target=range(4)), dict(side="unseen"), "read")
+        return dict(target=torch.full((4,), 7), stratum=torch.tensor([0, 1, 0, 1]), kept=kept,
+                    said=kept, log_p=torch.zeros(4, 20), nll=zeros, nll_forced=zeros, size=zeros)
+
+    search, unseen = dict(side="search", target=range(4)), dict(side="unseen")
+    found = run.least_budget(edit, search, unseen, "read")
     assert found["found"] == (first < 25) and found["magnitude"] == run.BUDGETS[min(first, 24)]
     assert [s["persists_rate"] for s in found["strata"]] == [0.5 * (first < 25)] * 2
     assert len(found["search_rates"]) <= 5
@@ -1155,93 +1141,88 @@ def test_what_is_chosen_and_what_is_tested_share_no_file():
 # --------------------------------------------------------------------------------------------------
 # Erasing
 # --------------------------------------------------------------------------------------------------
-def erasing_case(kind: str, seed: int, P: int = 16, n_atoms: int = 3):
-    """A tiny model, an SAE of three random atoms, passages; every position is a firing."""
+def erasing_case(kind: str, seed: int, P: int, n_atoms: int = 3):
+    """A tiny model, an SAE of random atoms, passages; at cosine_min 0 most positions are firings."""
     model = tiny_model(kind, seed)
     mixer = model.layers[1].mixer
     sae = random_sae(seed, n_atoms, mixer.K, mixer.V, active=1, encoder="tied")
-    return model, sae, random_tokens(seed, B=P, T=34)
+    return model, sae, random_tokens(seed, B=P, T=24)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_taking_atoms_out_is_a_full_forward_pass_with_the_edit(kind):
-    model, sae, tokens = erasing_case(kind, 0)
+def test_erasing_is_a_full_forward_pass_with_the_edit(kind):
+    """The atom where it fires, on passages that had no say; the token is the formula's."""
+    model, sae, tokens = erasing_case(kind, 0, P=16)
     choosing = torch.arange(16) % 2 == 0
-    table = writesae.erasure(model, sae, tokens, 1, 0, [9, 20], choosing, rng(0), 0.0)
-    assert len(table["atom"]) and not choosing[table["passage"]].any()
-    codes = writesae.codes(model, sae, tokens, 1, 0)
-    for i in range(0, len(table["atom"]), 5):
+    table = writesae.erasure(model, sae, tokens, 1, 0, [9, 12], choosing, rng(0), 0.0)
+    assert len(table["atom"]) > 5 and not choosing[table["passage"]].any()
+    for i in range(0, len(table["atom"]), 4):
         passage, t = table["passage"][i].item(), table["position"][i].item()
-        row, one = 34 * passage + t, tokens[passage][None]
-        assert codes["index"][row] == table["index"][i] and codes["a"][row] > 0
-        A = sae.decode(codes["index"][row, None, None], codes["a"][row, None, None])
+        one = tokens[passage, None]
+        p = next(writesae.points(model, one, 1, 0, [t]))
+        index, a, A = sae.dominant(p.write())
+        assert index.item() == table["index"][i] and a > 0
         edited = model(one, edits=[Edit(1, 0, t, -A.keys[0, 0], A.values[0, 0])])[0].log_softmax(-1)
         change = (edited - model(one)[0].log_softmax(-1))[0, t:t + 11, table["promoted"][i]].mean()
         torch.testing.assert_close(table["atom"][i], change, atol=2e-5, rtol=1e-3)
+    atoms, promoted = writesae.promoted_tokens(model, sae, one, 1, 0, [t], 0.0, 1)
+    gated = rungs_of(p, A, torch.arange(61)[None])["gated"].mean(1)
+    assert (atoms.tolist(), promoted.tolist()) == (index.tolist(), gated.argmax(-1).tolist())
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.sampled_from(ARCHITECTURES), st.integers(0, 99))
 def test_a_random_direction_under_the_erasing_protocol_is_centred_on_zero(kind, seed):
-    """No edit had a say in the token: half of the changes are falls, and their mean is noise."""
+    """No edit had a say in the token: half of the changes are falls."""
     model, sae, tokens = erasing_case(kind, seed, P=30)
-    table = writesae.erasure(model, sae, tokens, 1, 0, range(4, 20), torch.arange(30) < 10, rng(seed), 0.0)
-    x = table["random"]
+    choosing = torch.arange(30) < 10
+    x = writesae.erasure(model, sae, tokens, 1, 0, range(4, 12), choosing, rng(seed), 0.0)["random"]
     low, high = writesae.wilson(int((x < 0).sum()), len(x), z=4)
     assert len(x) > 30 and low < 0.5 < high, f"{(x < 0).float().mean():.3f} of {len(x)} fall"
     assert x.median().abs() < 0.25 * x.abs().mean()
 
 
-def test_the_promoted_token_is_the_formulas():
-    """One firing, one atom: the largest of the ladder's rung "gated" for a A, on the mean of its steps."""
-    model, sae, tokens = erasing_case("rwkv7", 3, P=1, n_atoms=1)
-    p = next(writesae.points(model, tokens, 1, 0, [9]))
-    _, _, A = sae.dominant(p.write())
-    everything = torch.arange(61)[None]
-    gated = rungs_of(p, A, everything)["gated"].mean(1)
-    atoms, token = writesae.promoted_tokens(model, sae, tokens, 1, 0, [9], -1.0, 5)
-    assert (len(atoms) == 0) if sae.dominant(p.write())[1] <= 0 else token.tolist() == [gated.argmax().item()]
-
-
 # --------------------------------------------------------------------------------------------------
 # The commands
 # --------------------------------------------------------------------------------------------------
+def quick(tmp_path, command: str, *options: str) -> list[dict]:
+    """What a command with --quick writes as JSON."""
+    out = tmp_path / "out.json"
+    assert run.main([command, "--quick", "--json", str(out), *options]) == 0
+    return json.loads(out.read_text())
+
+
 def test_formula_quick_end_to_end(tmp_path):
-    out, figure = tmp_path / "f.json", tmp_path / "f.png"
-    assert run.main(["formula", "--model", "gdn", "--quick", "--passages", "4", "--json", str(out),
-                     "--plot", str(figure)]) == 0
-    r, = json.loads(out.read_text())
+    figure = tmp_path / "f.png"
+    r, = quick(tmp_path, "formula", "--model", "gdn", "--passages", "4", "--plot", str(figure))
     rungs = {rung["name"]: rung for rung in r["rungs"]}
     assert list(rungs) == list(writesae.RUNGS) and figure.read_bytes().startswith(b"\x89PNG")
-    assert rungs["full Jacobian"]["r2_small"] > 0.99 and rungs["exact head, mean of two"]["r2"] > 0.99
-    assert rungs["three factors"]["r2"] < 0.5 and rungs["full Jacobian"]["sign_agreement"] > 0.9
+    full = rungs["full Jacobian"]
+    assert full["r2_small"] > 0.99 and full["sign_agreement"] > 0.9
+    assert rungs["exact head, mean of two"]["r2"] > 0.99 and rungs["three factors"]["r2"] < 0.5
     assert [name for name, rung in rungs.items() if rung["fitted"]] == ["three factors, fitted"]
 
 
-def test_steer_quick_end_to_end(tmp_path, capsys):
-    out, figure = tmp_path / "s.json", tmp_path / "s.png"
-    options = ["--quick", "--model", "mamba2", "--json", str(out)]
-    assert run.main(["steer", *options, "--passages", "4", "--plot", str(figure)]) == 0
-    edits = {e["value"]: e for e in json.loads(out.read_text())}
+def test_steer_quick_end_to_end(tmp_path):
+    figure, model = tmp_path / "s.png", ("--model", "gdn", "--passages", "2")
+    edits = {e["value"]: e for e in quick(tmp_path, "steer", *model, "--plot", str(figure))}
     assert list(edits) == list(writesae.VALUE_SIDES) and figure.read_bytes().startswith(b"\x89PNG")
     for s in edits["memory"]["strata"]:
-        assert s["persists_rate"] == 1 and s["random_persists_rate"] <= s["native_persists_rate"] + 0.5
-    assert edits["gradient"]["sign_rate"] > 0.8 and edits["memory"]["size"] > 0.5
+        assert s["persists_rate"] == 1
+        assert s["random_persists_rate"] <= s["native_persists_rate"] + 0.5
+    assert edits["gradient"]["sign_rate"] > 0.7 and edits["memory"]["size"] > 0.5
     assert edits["ascent"]["strata"][0]["first_step_lift_nats"] > 2
-    assert run.main(["steer", *options, "--smallest", "--passages", "4", "--key", "read"]) == 0
-    least, = json.loads(out.read_text())
-    assert least["found"] and least["budget"] and least["search_rates"][str(least["magnitude"])] == 1
-    assert run.main(["steer", *options, "--prompt", "def read(self, size):", "--target", " not"]) == 0
-    shown, = json.loads(out.read_text())
+    least, = quick(tmp_path, "steer", *model, "--smallest", "--key", "read")
+    assert least["found"] and least["budget"]
+    assert least["search_rates"][str(least["magnitude"])] == 1
+    options = ("--prompt", "def read(self, size):", "--target", " not")
+    shown, = quick(tmp_path, "steer", *model, *options)
     assert " not" in shown["texts"]["kept"] and len(shown["p_target"]) == writesae.NEW
-    assert "native" in capsys.readouterr().out
-    assert run.main(["steer", *options, "--prompt", "def", "--target", "two tokens"]) == 2
+    assert run.main(["steer", *model, "--prompt", "def", "--target", "two tokens"]) == 2
 
 
 def test_erase_quick_end_to_end(tmp_path):
-    out = tmp_path / "e.json"
-    assert run.main(["erase", "--quick", "--model", "rwkv7", "--passages", "160", "--json", str(out)]) == 0
-    r, = json.loads(out.read_text())
+    r, = quick(tmp_path, "erase", "--model", "rwkv7", "--passages", "160")
     assert r["n_firings"] == sum(a["n_firings"] for a in r["atoms"]) > 0
     assert {"firing_median", "firing_falls", "random_median", "random_falls", "other_atom_median",
             "effect_ci95"} <= set(r)
@@ -1620,7 +1601,7 @@ def test_own_text_trains_and_is_held_out(tmp_path):
 def test_pretrain_goes_on_as_if_it_had_never_stopped(tmp_path, monkeypatch, capsys):
     """Ten steps on this project's own text: whole, and stopped after five; the weights are the same to
     the bit, and the folder is in the hub's layout."""
-    sources = [open(os.path.join(HERE, name), encoding="utf-8").read() for name in ("models.py", "run.py")]
+    sources = [open(os.path.join(HERE, name), encoding="utf-8").read()[:30_000] for name in ("models.py", "run.py")]
     monkeypatch.setattr(run, "python_text", lambda: {f"{i}.py": s for i, s in enumerate(sources * 8)})
     monkeypatch.setattr(run, "CONTEXT", 32)
     monkeypatch.setattr(run, "BATCH", 2)
@@ -1695,6 +1676,20 @@ def test_a_table_aligns_and_shows_what_is_missing(capsys):
     printer.print(dict(name="a", rate=0.123, x=[dict(y=3)]))
     printer.print(dict(name="long", rate=math.nan))
     assert capsys.readouterr().out.splitlines() == ["name    rate  deep", "a      12.3%     3", "long       -     -"]
+
+
+def test_the_readmes_examples_run(tmp_path, monkeypatch):
+    """Both Python blocks of "Your own tensors, your own model", as they stand there."""
+    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    blocks = re.findall(r"```python\n(.*?)```", text[text.index("## Your own tensors"):], re.S)
+    monkeypatch.chdir(tmp_path)
+    os.symlink(os.path.join(HERE, "checkpoints"), tmp_path / "checkpoints")
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2 and names["a"].shape == (5,) and names["logits"].shape == (1, 4, 2048)
+    native = names["model"](names["tokens"])[0]
+    assert torch.equal(native[:, 0], names["logits"][:, 0]) and not torch.equal(native[:, 1], names["logits"][:, 1])
 
 
 def test_the_readme_names_what_exists():

@@ -537,21 +537,21 @@ def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: 
     if sae.threshold is not None:                # such that `active` atoms pass it on the average
         scores = sae.readers.products(draw(batch)).relu()
         sae.threshold.data.fill_(scores.flatten().topk(sae.active * batch).values[-1].item())
-    parameters = [p for p in sae.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(parameters, lr)
-    silent = torch.zeros(sae.n_atoms, device=X.keys.device)           # samples since an atom was active
+    optimiser = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr)
+    silent = torch.zeros(sae.n_atoms, device=X.keys.device)      # samples since an atom was active
     history = []
     for step in progress(range(steps)):
         for group in optimiser.param_groups:                 # warm-up, then a cosine to a tenth
-            group["lr"] = lr * min(1, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+            cosine_rate = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+            group["lr"] = lr * min(1, (step + 1) / 50) * cosine_rate
         x = draw(batch)
         index, a = sae.select(sae.readers.products(x), training=True)
         R = x.minus(sae.assemble(index, a))
-        error = inner(R, R)                                                                  # [batch]
-        loss = error.mean()
+        error = inner(R, R)                                                             # [batch]
         silent += batch
         silent[index[a > 0]] = 0
         dead = (silent > dead_after).nonzero()[:, 0]
+        loss = error.mean()
         if len(dead):
             loss = loss + auxiliary_loss(sae, R, dead, k_aux) / 32
         if sae.sparsity == "jumprelu":
@@ -561,14 +561,19 @@ def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: 
         loss.backward()
         optimiser.step()
         sae.atoms.normalise()
-        if len(dead) and (step + 1) % resample_every == 0 and step + resample_every < steps:
-            worst = error.argsort(descending=True)[:len(dead)]
-            restarted = dead[:len(worst)]
-            sae.start(restarted, R.rows(worst))
-            silent[restarted] = 0
-            forget(optimiser, restarted, sae.n_atoms)
+        if (step + 1) % resample_every == 0 and step + resample_every < steps:
+            silent[restart(sae, optimiser, dead, R, error)] = 0
         history.append(error.mean().item())
     return history
+
+
+def restart(sae: WriteSAE, optimiser, dead: Tensor, R: Factored, error: Tensor) -> Tensor:
+    """Put dead atoms at the inputs whose residuals R are largest; returns which were put there."""
+    worst = error.argsort(descending=True)[:len(dead)]
+    restarted = dead[:len(worst)]
+    sae.start(restarted, R.rows(worst))
+    forget(optimiser, restarted, sae.n_atoms)
+    return restarted
 
 
 def auxiliary_loss(sae: WriteSAE, R: Factored, dead: Tensor, k_aux: int) -> Tensor:
@@ -893,25 +898,32 @@ def all_heads(block: nn.Module, stream: Stream, cache: dict):
 
 
 def moved_reads(change: Factored, s: StepInputs) -> Tensor:
-    """How a change of a head's state moves its reads: δo_t = Σ_r (u_t · q_t) value_r, u_t = A_t u_{t-1}
-    from key_r on (models.propagate). change [N, r, ·], s [N, T, 1, ·] -> [N, T, V]"""
+    """How a change of a head's state moves its reads: δo_t = Σ_r (u_t · q_t) value_r with u_t = A_t
+    u_{t-1} from key_r on (models.propagate). change [N, r, ·], s [N, T, 1, ·] -> [N, T, V]"""
     delta_o = 0
-    for key, value in zip(change.keys.unbind(1), change.values.unbind(1)):
-        gain, _ = propagate(key[:, None], s)                                           # [N, T, 1]
-        delta_o = delta_o + gain * value[:, None]
+    for r in range(change.keys.shape[1]):
+        gain, _ = propagate(change.keys[:, r, None], s)                       # [N, T, 1]
+        delta_o = delta_o + gain * change.values[:, r, None]
     return delta_o
 
 
 def norm_slope(norm: nn.Module, x: Tensor) -> Tensor:
     """What a norm multiplies each channel of x by: weight / rms, a LayerNorm weight / std."""
     if isinstance(norm, nn.LayerNorm):
-        return norm.weight * (x.var(-1, keepdim=True, correction=0) + norm.eps).rsqrt()
-    return (norm.offset + norm.weight) * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+        variance = x.var(-1, keepdim=True, correction=0)
+        return norm.weight / (variance + norm.eps).sqrt()
+    power = x.square().mean(-1, keepdim=True)
+    return (norm.offset + norm.weight) / (power + norm.eps).sqrt()
+
+
+def at_token(x: Tensor, token: Tensor) -> Tensor:
+    """Of numbers x [..., vocab] the token's [...], one for each place. -> [...]"""
+    return x.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
 def slope(f, at: Tensor) -> Tensor:
     """df/dε of a function of a number at ε = at, by forward-mode differentiation."""
-    with sdpa_kernel(SDPBackend.MATH):                  # the attention that can be differentiated so
+    with sdpa_kernel(SDPBackend.MATH):                  # the attention that can do it
         _, derivative = torch.func.jvp(f, (at,), (torch.ones_like(at),))
     return derivative
 
@@ -920,10 +932,10 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     """Nine predictions of how logits move at t..t+10 if `change` is added to the state after t.
 
     A layer's output is y = Σ_heads W_O (gate · scale · o) + what o does not reach, with
-        gate  = silu(z) w (Gated DeltaNet, Mamba-2), g w (RWKV-7); w is the weight of the head's norm
+        gate  = silu(z) w (Gated DeltaNet, Mamba-2), g w (RWKV-7); w: the weight of the head's norm
         scale = 1/rms or 1/std of what that norm is given (models.py, `gate_and_scale`)
-    If no layer came after it, logit = ⟨W_U[token], w_f x / rms(x)⟩ of the stream x that y is added to.
-    With all norms' statistics held fixed, both are linear in δo (`moved_reads`):
+    If no layer came after it, logit = ⟨W_U[token], w_f x / rms(x)⟩ with y a part of the stream x.
+    With all norms' statistics held fixed both are linear in δo (`moved_reads`):
 
         three factors      ⟨W_U, W_O δo⟩ with u_t = decay_t u_{t-1}, the gates alone (the paper)
           , fitted         times one least-squares scalar per edit and token (the paper's appendix)
@@ -968,7 +980,7 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     def full(eps: Tensor) -> Tensor:                                                    # the model
         return pick(p.logits(change.times(eps)))
 
-    def exact_head(eps: Tensor) -> Tensor:                                 # the model from y onwards
+    def exact_head(eps: Tensor) -> Tensor:                                  # the model from y on
         between = p.stream._replace(x=p.stream.x + y + eps * (y_edited - y))
         after, _ = model.run(block.feed(between, cache)[0], p.cache, first=p.layer + 1)
         return pick(model.unembed(after))
@@ -1010,7 +1022,8 @@ def ladder(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head
         size = inner(A, A).sqrt()
         edits = dict(swap=A.minus(X), delete=X.times(-torch.ones_like(size)),
                      small=A.times(eps / size))
-        targets = p.logp[:, 0].topk(max(RANKS)).indices[:, torch.tensor(RANKS) - 1]
+        ranked = p.logp[:, 0].topk(max(RANKS)).indices                          # [n, 50]
+        targets = ranked[:, torch.tensor(RANKS) - 1]
         part = dict(passage=p.passage, position=torch.full_like(row, p.t), index=index[row])
         for name, change in edits.items():
             predicted, measured = logit_ladder(p, change, targets)
@@ -1029,10 +1042,12 @@ def agreement(y: Tensor, y_hat: Tensor) -> dict[str, float]:
     sign_agreement   share of equal signs
     """
     y, y_hat = y.double().flatten(), y_hat.double().flatten()
-    left, spread = (y - y_hat).square().sum(), (y - y.mean()).square().sum()
-    return dict(r2=(1 - left / spread).item(),
-                slope=((y * y_hat).sum() / y_hat.square().sum()).item(),
-                sign_agreement=(y.sign() == y_hat.sign()).double().mean().item())
+    left = (y - y_hat).square().sum()
+    spread = (y - y.mean()).square().sum()
+    slope = (y * y_hat).sum() / y_hat.square().sum()
+    same_sign = y.sign() == y_hat.sign()
+    return dict(r2=(1 - left / spread).item(), slope=slope.item(),
+                sign_agreement=same_sign.double().mean().item())
 
 
 def ladder_figures(table: Table) -> list[dict]:
@@ -1075,9 +1090,11 @@ class Prompts(NamedTuple):
         keys [N, n, C, K], values [N, n, C, V], then [N, m] -> logits from the prompt's last token
         on, [N, 1 + m, vocab], and the cache.
         """
-        n = self.last.shape[1]
-        edits = [Edit(*cell, self.before.length + t, keys[:, t, c], values[:, t, c])
-                 for t in range(n) for c, cell in enumerate(self.cells)]
+        n, edits = self.last.shape[1], []
+        for t in range(n):
+            for c, (layer, head) in enumerate(self.cells):
+                position = self.before.length + t
+                edits.append(Edit(layer, head, position, keys[:, t, c], values[:, t, c]))
         logits, cache = self.model(torch.cat([self.last, then], 1), self.before, edits)
         return at_least_fp32(logits[:, n - 1:]), cache
 
@@ -1089,8 +1106,8 @@ def read_prompts(model: LanguageModel, tokens: Tensor, cells, n: int = EDITED) -
     for cell in cells:
         model.check_cell(*cell)
     if tokens.shape[1] <= n:
-        raise InputError(f"the prompt has {tokens.shape[1]} tokens; its last {n} are edited, and one "
-                         "must stand before them: give a longer one")
+        raise InputError(f"the prompt has {tokens.shape[1]} tokens; its last {n} are edited, and "
+                         "one must stand before them: give a longer one")
     last, (_, before) = tokens[:, -n:], model(tokens[:, :-n])
     logits, after = model(last, before)
     said, _ = model.generate(logits[:, -1], after, NEW)
@@ -1110,7 +1127,8 @@ def read_prompts(model: LanguageModel, tokens: Tensor, cells, n: int = EDITED) -
 
 
 @torch.no_grad()
-def draw_targets(model: LanguageModel, tokens: Tensor, each: int, generator: torch.Generator) -> Table:
+def draw_targets(model: LanguageModel, tokens: Tensor, each: int,
+                 generator: torch.Generator) -> Table:
     """Up to `each` targets of rank 100-1000 for the first new token, per prompt and stratum.
     tokens [P, T] -> a row per pair: prompt, target, stratum."""
     logits, _ = model(tokens)
@@ -1151,8 +1169,10 @@ def edit_keys(s: StepInputs, side: str) -> Tensor:
     it is large, ‖k‖‖v‖, so that a value's length is the edit's size in native writes."""
     unit = F.normalize(s.k, dim=-1)
     if side == "read":
-        unit = torch.stack([read_key(s.times(t)) for t in range(s.q.shape[1])], 1)
-    return unit * (s.k.norm(dim=-1) * s.v.norm(dim=-1)).unsqueeze(-1)
+        n = s.q.shape[1]
+        unit = torch.stack([read_key(s.times(t)) for t in range(n)], 1)
+    size = s.k.norm(dim=-1) * s.v.norm(dim=-1)                                  # [N, n, C]
+    return unit * size.unsqueeze(-1)
 
 
 def sized(values: Tensor, size: float, budget: bool) -> Tensor:
@@ -1170,20 +1190,21 @@ def score(prompts: Prompts, keys: Tensor, values: Tensor, targets: Tensor, what:
     logit     of the target for the first new token
     log_p     its log-probability there
     memory    log Σ_{i=2..20} p(unedited tokens 2 .. i−1, then the target): the log-probability that
-              the target is what the edited model leaves the unedited continuation for, whose first
-              token is forced. (Without the tokens on the way the target is often made probable
-              at a step that is never reached.)
+              the target is what the edited model leaves the unedited continuation for, whose
+              first token is forced. (Without the tokens on the way the target is often made
+              probable at a step that is never reached.)
     """
     said = prompts.said if what == "memory" else prompts.said[:, :1]
-    logits, _ = prompts.read(keys, values, said[:, :-1])                   # [N, 20 or 1, vocab]
+    logits, _ = prompts.read(keys, values, said[:, :-1])                        # [N, m, vocab]
+    target = targets[:, None].expand_as(said)                                   # m = 20 or 1
     if what == "logit":
-        return logits[:, 0].gather(-1, targets[:, None])[:, 0]
+        return at_token(logits, target)[:, 0]
     log_p = logits.log_softmax(-1)
-    of_target = log_p.gather(-1, targets[:, None, None].expand(-1, said.shape[1], 1))[..., 0]
+    of_target = at_token(log_p, target)
     if what == "log_p":
         return of_target[:, 0]
-    of_said = log_p.gather(-1, said[..., None])[:, 1:, 0]                  # [N, 19] steps 2 to 20
-    on_the_way = of_said.cumsum(1) - of_said                               # tokens 2 to i − 1
+    of_said = at_token(log_p, said)[:, 1:]                                      # steps 2 to 20
+    on_the_way = of_said.cumsum(1) - of_said                                    # tokens 2 to i − 1
     return (on_the_way + of_target[:, 1:]).logsumexp(1)
 
 
@@ -1202,11 +1223,16 @@ def formula_slopes(prompts: Prompts, keys: Tensor, targets: Tensor, gated: bool)
     model, s = prompts.model, prompts.s
     if not gated:
         s = s._replace(erase_in=None, erase_out=None)
-    gain = [propagate(key, s.times(t))[0][:, -1] for t, key in enumerate(keys.unbind(1))]
-    W_O = torch.stack([model.out_map(layer)[:, head] for layer, head in prompts.cells])   # [C, D, V]
-    W_U = at_least_fp32(model.unembedding[targets])                                       # [N, D]
-    seen = torch.einsum("nd,cdv->ncv", W_U, W_O) * (prompts.gate if gated else 1)
-    return torch.stack(gain, 1).unsqueeze(-1) * seen.unsqueeze(1)
+    gains = []
+    for t in range(keys.shape[1]):
+        gain, _ = propagate(keys[:, t], s.times(t))                             # [N, n − t, C]
+        gains.append(gain[:, -1])
+    W_O = torch.stack([model.out_map(layer)[:, head] for layer, head in prompts.cells])
+    W_U = at_least_fp32(model.unembedding[targets])                             # [N, D]
+    seen = torch.einsum("nd,cdv->ncv", W_U, W_O)
+    if gated:
+        seen = prompts.gate * seen
+    return torch.stack(gains, 1).unsqueeze(-1) * seen.unsqueeze(1)
 
 
 def steering_values(prompts: Prompts, keys: Tensor, targets: Tensor, kind: str, size: float,
@@ -1275,7 +1301,8 @@ def steer(model: LanguageModel, tokens: Tensor, pairs: Table, cells, key: str = 
     parts, batch = [], max(1, BATCH_BYTES // (4 * NEW * model.vocab))
     for row in torch.arange(len(pairs["target"]), device=tokens.device).split(batch):
         part = {name: x[row] for name, x in pairs.items()}
-        prompts, target = read_prompts(model, tokens[part["prompt"]], cells, n), part["target"]
+        target = part["target"]
+        prompts = read_prompts(model, tokens[part["prompt"]], cells, n)
         logits, after = prompts.logits[:, None], prompts.after
         if value is not None:
             keys = edit_keys(prompts.s, key)
@@ -1283,12 +1310,12 @@ def steer(model: LanguageModel, tokens: Tensor, pairs: Table, cells, key: str = 
             logits, after = prompts.read(keys, values, prompts.said[:, :0])
         said, _ = model.generate(logits[:, -1], after, NEW)
         kept, later = forced(model, prompts.said[:, 0], after)
-        log_p = torch.cat([logits, later], 1).log_softmax(-1)
+        log_p = torch.cat([logits, later], 1).log_softmax(-1)                   # [n, 20, vocab]
         without, _ = forced(model, target, prompts.after)
         parts.append(part | dict(
             said=said, kept=kept, size=state_change(after, prompts.after),
-            log_p=log_p.gather(-1, target[:, None, None].expand(-1, NEW, 1))[..., 0],
-            logit=logits[:, 0].gather(-1, target[:, None])[:, 0],
+            log_p=at_token(log_p, target[:, None].expand_as(kept)),
+            logit=at_token(logits[:, 0], target),
             nll=nats(prompts, said), nll_forced=nats(prompts, without)))
     return stack(parts)
 
@@ -1316,14 +1343,14 @@ def steering_figures(edited: Table, native: Table, random: Table) -> dict:
         figures[kind + "_persists_rate"] = persists(table).double().mean().item()
         figures[kind + "_perplexity"] = table["nll"].mean().exp().item()
     kept = persists(edited)
-    says = edited["kept"][kept] == edited["target"][kept, None]
-    says[:, 0] = False
+    says = edited["kept"][kept, 1:] == edited["target"][kept, None]
+    first = 1 + says.int().argmax(1)
     return figures | dict(
         forced_perplexity=edited["nll_forced"].mean().exp().item(),
         persists_rate=figures["edited_persists_rate"],
         persists_ci95=wilson(int(kept.sum()), len(kept)),
         first_step_lift_nats=(edited["log_p"] - native["log_p"])[:, 0].mean().item(),
-        said_at=torch.bincount(says.int().argmax(1), minlength=NEW).tolist())
+        said_at=torch.bincount(first, minlength=NEW).tolist())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1362,8 +1389,8 @@ def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, hea
             progress=iter) -> Table:
     """Does an atom promote a token? Take it out where it fires, and see whether that token falls.
 
-    Atoms and tokens are chosen in some passages (`promoted_tokens`). In the others, at each firing of
-    these atoms, a matrix of the norm ‖a A‖ is taken out of the state:
+    Atoms and tokens are chosen in some passages (`promoted_tokens`). In the others, at each firing
+    of these atoms, a matrix of the norm ‖a A‖ is taken out of the state:
         atom         a A itself
         random       a random direction: what any matrix of this size does
         other        another atom of the dictionary
@@ -1385,24 +1412,27 @@ def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, hea
             continue
         index, A = dominant[row], all_A.rows(row)
         token = promoted[(index[:, None] == atoms).int().argmax(1)]                          # [n]
-        shift = torch.randint(1, max(2, sae.n_atoms), (len(row), 1), generator=generator)
-        B = sae.decode((index[:, None] + shift.to(index)) % sae.n_atoms, torch.ones_like(shift).to(A.values))
+        shift = torch.randint(1, max(2, sae.n_atoms), row.shape, generator=generator)
+        other = (index + shift.to(index)) % sae.n_atoms
+        B = sae.decode(other[:, None], torch.ones_like(A.values[:, 0, :1]))
         R = random_direction(p.write().rows(row), generator)
-        silent = dominant != index[:, None]                                               # [n, P]
-        away = (torch.rand(silent.shape, generator=generator).to(silent.device) * silent).argmax(1)
-        part = dict(passage=tested.to(row)[p.passage[row]], position=torch.full_like(row, p.t),
-                    index=index, promoted=token)
+        silent = dominant != index[:, None]                                     # [n, P]
+        lots = torch.rand(silent.shape, generator=generator).to(silent.device)
+        away = (lots * silent).argmax(1)                              # one of the silent ones each
+        part = dict(passage=p.passage[row], position=torch.full_like(row, p.t), index=index,
+                    promoted=token)
         out = dict(atom=A, random=as_large_as(A, R), other=as_large_as(A, B), elsewhere=A)
         for name, X in out.items():
             where = away if name == "elsewhere" else row
-            change = p.branch(X._replace(values=-X.values), where) - p.logp[where]   # [n, 11, vocab]
-            part[name] = change.gather(-1, token[:, None, None].expand(-1, HORIZONS, 1)).mean((1, 2))
-        part["elsewhere"][~silent.any(1)] = math.nan
+            change = p.branch(X._replace(values=-X.values), where) - p.logp[where]
+            part[name] = at_token(change, token[:, None].expand(-1, HORIZONS)).mean(1)
+        part["elsewhere"][~silent.any(1)] = math.nan                   # the atom fires everywhere
         parts.append(part)
     if not parts:
-        raise InputError("no atom fires in both halves of the files: take more --passages or a lower "
-                         "--cosine-min")
-    return stack(parts)
+        raise InputError("no atom fires in both halves of the files: take more --passages or a "
+                         "lower --cosine-min")
+    table = stack(parts)
+    return table | dict(passage=tested.cpu()[table["passage"]])
 
 
 def erasure_figures(table: Table, generator: torch.Generator) -> dict:
