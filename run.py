@@ -630,7 +630,7 @@ def draw_replace(results: list[dict], tables: list[Table]):
 # formula: what each factor of the logit-change formula is worth
 # --------------------------------------------------------------------------------------------------
 def formula(cell: Cell, args):
-    """The ladder of one cell; in fp64, if the model is small enough, so that what a small edit moves
+    """The ladder of one cell, in fp64 (but for a large model), so that what a small edit moves
     stands clear of rounding."""
     dtype = cell.model.unembedding.dtype
     if not is_large(cell.model):
@@ -662,7 +662,7 @@ def formula_rows(results: list[dict]) -> list[dict]:
 FORMULA_LEGEND = """\
 Logit-change formula: what predicts how an edit of one head's state moves the logits of seven
 tokens, at the write's step and the ten after it. Each rung adds one factor to the one above.
-swap: the atom in the write's place.  delete: the write taken out.  small: an atom of norm 0.1 added.
+swap: the atom in the write's place.  delete: the write taken out.  small: the atom added, norm 0.1.
 R²: about the line y = ŷ, nothing fitted but in "fitted" (0: no better than the mean).  slope: 1 if
 sizes are right.  sign: share of right signs.  order: to which the rung is exact."""
 FORMULA_COLUMNS = {
@@ -697,15 +697,6 @@ def draw_formula(results: list[dict], tables: list[Table]):
 PROMPT = 96                                                          # tokens of a prompt
 BUDGETS = [round(0.25 * 2 ** (i / 4), 2) for i in range(25)]         # 0.25 to 16 native writes
 SIGN_TESTED = ("formula", "gated", "gradient")
-
-
-def search_side(file: Tensor) -> Tensor:
-    """True for passages of every second file: there we choose, on the others we test. [n]"""
-    files = file.unique()
-    if len(files) < 2:
-        raise InputError("the text is one file; what is chosen on some files is tested on others, "
-                         "so give a folder of them")
-    return torch.isin(file, files[::2])
 
 
 def reach_cells(cell: Cell, reach: str) -> list[tuple[int, int]]:
@@ -751,7 +742,7 @@ def steer(cell: Cell, args):
                               budget, rng, n)
 
     if args.smallest:
-        seen = search_side(cell.passages.file).to(tokens.device)[pairs["prompt"]]
+        seen = writesae.every_second(cell.passages.file).to(tokens.device)[pairs["prompt"]]
         search, unseen = some_rows(pairs, seen), some_rows(pairs, ~seen)
         keys = [args.key] if args.key else writesae.KEY_SIDES
         found = [least_budget(edit, search, unseen, key) for key in keys]
@@ -838,7 +829,7 @@ def steer_rows(results: list[dict]) -> list[dict]:
 STEER_LEGEND = """\
 Steering: key valueᵀ is added to the states at a prompt's last three positions, then 20 tokens are
 decoded. Targets: rank 100-1000 for the first new token; in the prompt, or absent from it.
-Nx: each edit is N times as large as the write beside it.  budget: of all edits of a prompt together,
+Nx: each edit is N times as large as the write beside it.  budget: of all a prompt's edits together,
 in such writes; the least after which all targets on the search prompts persist, its row is from the
 unseen prompts.  persists: the target is among tokens 2 to 20 if the first is forced back to the
 unedited one: a memory.  appears: it is among the 20 (the paper's measure).  lift: of log p(target)
@@ -893,9 +884,7 @@ def erase(cell: Cell, args):
     positions = range(POSITIONS.start, POSITIONS.stop, 4 if args.quick else 1)
     table = writesae.erasure(
         cell.model, cell.sae, cell.passages.tokens, cell.layer, cell.head, positions,
-        search_side(cell.passages.file), cell.rng, cosine_min, 5 if args.quick else 20,
-        progress("erase"))
-    table["file"] = cell.passages.file[table["passage"]]
+        cell.passages.file, cell.rng, cosine_min, 5 if args.quick else 20, progress("erase"))
     figures, atoms = writesae.erasure_figures(table, cell.rng), []
     for atom in table["index"].unique().tolist():
         part = some_rows(table, table["index"] == atom)
@@ -915,7 +904,7 @@ def erase_rows(results: list[dict]) -> list[dict]:
 ERASE_LEGEND = """\
 Erasing: a A is taken out of the state where the atom fires. Change of log p of the token that it
 promotes, mean over the write's step and the ten after it, in nats, median of firings. Atoms and
-tokens were chosen in other files, tokens by the formula alone (rung "gated"): no edit had a say.
+tokens were chosen in other files: those that fire in most, tokens by the formula ("gated") alone.
 random, other: a random direction, another atom, of the same norm taken out there.  elsewhere: the
 atom, where it does not fire.  effect: mean of atom minus random, paired [95 %, by whole files].
 The paper: one atom, 150 firings, median -0.116 nats."""
@@ -1625,7 +1614,10 @@ class TrainingRun(NamedTuple):
 # The command line
 # --------------------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors as one line."""
+    """argparse, with errors as one line and no abbreviations."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str):
         """Raise InputError where argparse would print its usage and exit."""

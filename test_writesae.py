@@ -1,4 +1,4 @@
-"""What this project promises, as tests: python -m pytest. CPU only, no network, about a minute and a half.
+"""What this project promises, as tests: python -m pytest. CPU only, no network, about two minutes.
 
 Every shape here has K ≠ V, because square heads hide transposed ones.
 """
@@ -14,19 +14,22 @@ import subprocess
 import sys
 
 # before imports
-os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "HF_HUB_OFFLINE": "1",
+               "TOKENIZERS_PARALLELISM": "false"}
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 
 import models
 import run
 import writesae
-from models import (Block, ChannelMix, Edit, InputError, LanguageModel, RWKV7, StepInputs, load, propagate,
-                    recurrence, recurrence_chunked, states)
+from models import (Block, ChannelMix, Edit, InputError, LanguageModel, RWKV7, StepInputs, load,
+                    load_tokenizer, propagate, recurrence, recurrence_chunked, states)
 from writesae import (Factored, WriteSAE, fit_alternating, fit_gradient, inner, matrix_of, replacement,
                       write_of)
 
@@ -34,7 +37,7 @@ settings.register_profile("here", derandomize=True, deadline=None, max_examples=
                           suppress_health_check=list(HealthCheck))
 settings.load_profile("here")
 torch.set_num_threads(1)      # everything here is tiny: a second thread only waits
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")     # the rwkv package's
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")     # of rwkv
 ARCHITECTURES = ("gdn", "mamba2", "rwkv7")
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -46,128 +49,165 @@ def rng(seed: int) -> torch.Generator:
 def random_steps(kind: str, seed: int, B=2, T=20, H=3, K=6, V=4) -> StepInputs:
     """Six tensors as the architecture `kind` makes them."""
     g = rng(seed)
-    n, u = lambda *s: torch.randn(*s, generator=g), lambda *s: torch.rand(*s, generator=g)
-    q, k, v, unit = n(B, T, H, K), n(B, T, H, K), n(B, T, H, V), F.normalize(n(B, T, H, K), dim=-1)
+    q, k, unit = (torch.randn(B, T, H, K, generator=g) for _ in range(3))
+    v, unit = torch.randn(B, T, H, V, generator=g), F.normalize(unit, dim=-1)
+    share, shares = torch.rand(B, T, H, 1, generator=g), torch.rand(B, T, H, K, generator=g)
+    log_decay = -20 * torch.rand(B, T, H, 1, generator=g) ** 4           # from no decay to e^-20
     if kind == "mamba2":
-        return StepInputs(q, k, v, -20 * u(B, T, H, 1) ** 4)                                    # from no decay to e^-20
+        return StepInputs(q, k, v, log_decay)
     if kind == "gdn":
-        log_alpha, beta = -20 * u(B, T, H, 1) ** 4, u(B, T, H, 1)
-        return StepInputs(q, unit, beta * v, log_alpha, unit, log_alpha.exp() * beta * unit)
-    return StepInputs(q, k, v, -math.exp(-0.5) * u(B, T, H, K), unit, u(B, T, H, K) * unit)
+        return StepInputs(q, unit, share * v, log_decay, unit, log_decay.exp() * share * unit)
+    log_decay = -math.exp(-0.5) * torch.rand(B, T, H, K, generator=g)
+    return StepInputs(q, k, v, log_decay, unit, shares * unit)
 
 
 def tiny_config(kind: str, vocab=61, **changes) -> dict:
     """A small hub config of the architecture."""
-    common = dict(vocab_size=vocab, hidden_size=32, num_hidden_layers=4)
-    return common | {
-        "gdn": dict(model_type="qwen3_5_text", intermediate_size=40, num_attention_heads=4,
-                    num_key_value_heads=2, head_dim=8,
-                    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=6,
-                    rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
-                    tie_word_embeddings=True),
-        "mamba2": dict(model_type="mamba2", num_heads=8, head_dim=8, state_size=12, n_groups=2, expand=2,
-                       chunk_size=16),
-        "rwkv7": dict(model_type="rwkv7", hidden_size=128, head_dim=64, intermediate_size=96, decay_low_rank_dim=8,
-                      a_low_rank_dim=6, v_low_rank_dim=5, gate_low_rank_dim=7, norm_eps=1e-5)}[kind] | changes
+    rope = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)
+    own = dict(
+        gdn=dict(model_type="qwen3_5_text", intermediate_size=40, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+                 linear_key_head_dim=8, linear_value_head_dim=6, rope_parameters=rope,
+                 tie_word_embeddings=True),
+        mamba2=dict(model_type="mamba2", num_heads=8, head_dim=8, state_size=12, n_groups=2, expand=2,
+                    chunk_size=16),
+        rwkv7=dict(model_type="rwkv7", hidden_size=128, head_dim=64, intermediate_size=96,
+                   decay_low_rank_dim=8, a_low_rank_dim=6, v_low_rank_dim=5, gate_low_rank_dim=7,
+                   norm_eps=1e-5))
+    return dict(vocab_size=vocab, hidden_size=32, num_hidden_layers=4) | own[kind] | changes
 
 
 def shake(model: torch.nn.Module, seed: int):
     """Random weights that leave no part of the model idle."""
     g = rng(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=g) * (0.3 if p.dim() == 1 else 0.6 * p.shape[-1] ** -0.5))
-    return model.requires_grad_(False)
+    for p in model.requires_grad_(False).parameters():
+        size = 0.3 if p.dim() == 1 else 0.6 * p.shape[-1] ** -0.5
+        p += size * torch.randn(p.shape, generator=g)
+    return model
 
 
 def tiny_model(kind: str, seed: int = 0) -> LanguageModel:
-    """A small random model, K ≠ V in all three (RWKV-7's class allows it, its checkpoints have K = V)."""
+    """A small random model, K ≠ V (RWKV-7's class allows it, its checkpoints have K = V)."""
     torch.manual_seed(seed)
     if kind != "rwkv7":
         return shake(models.build(tiny_config(kind)), seed)
-    norm = lambda: torch.nn.LayerNorm(32)
-    blocks = [Block(RWKV7(32, 4, 8, 6, dict(w=4, a=4, v=3, g=5), i == 0, 1e-4), norm(), ChannelMix(32, 48), norm())
-              for i in range(3)]
-    return shake(LanguageModel("rwkv7", 61, 32, blocks, norm(), norm(), tied=False), seed)
+    blocks, norm, ranks = [], torch.nn.LayerNorm, dict(w=4, a=4, v=3, g=5)
+    for i in range(3):
+        mixer = RWKV7(32, 4, 8, 6, ranks, i == 0, 1e-4)
+        blocks.append(Block(mixer, norm(32), ChannelMix(32, 48), norm(32)))
+    return shake(LanguageModel("rwkv7", 61, 32, blocks, norm(32), norm(32), tied=False), seed)
 
 
 def random_tokens(seed: int, B=2, T=40, vocab=61) -> torch.Tensor:
     return torch.randint(vocab, (B, T), generator=rng(seed))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The recurrence
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+def test_the_examples_in_the_docstrings_hold():
+    assert doctest.testmod(models) == (0, 13)
+
+
 def test_two_tokens_by_hand():
     """S_1 = k_1 v_1ᵀ; S_2 halves it, takes out what lies along k_1, and writes k_2 v_2ᵀ."""
-    one = lambda *rows: torch.tensor(rows, dtype=torch.float32)[None, :, None]             # [T, ·] -> [1, T, 1, ·]
+    def one(*rows):                                                       # [T, ·] -> [1, T, 1, ·]
+        return torch.tensor(rows, dtype=torch.float32)[None, :, None]
+
     s = StepInputs(q=one([1, 0], [1, 1]), k=one([1, 0], [0, 1]), v=one([2, 4, 6], [1, 0, 1]),
-                   log_decay=one([0], [math.log(0.5)]), erase_in=one([0, 0], [1, 0]), erase_out=one([0, 0], [0.25, 0]))
+                   log_decay=one([0], [math.log(0.5)]), erase_in=one([0, 0], [1, 0]),
+                   erase_out=one([0, 0], [0.25, 0]))
     o, S = recurrence(s)
-    # after token 1: S = [[2, 4, 6], [0, 0, 0]], read by q = (1, 0)
-    assert o[0, 0, 0].tolist() == [2, 4, 6]
-    # token 2: 0.5 S − (0.25, 0)ᵀ (2, 4, 6) = [[0.5, 1, 1.5], [0, 0, 0]], plus the write [[0, 0, 0], [1, 0, 1]]; read by
-    # (1, 1)
-    torch.testing.assert_close(S[0, 0], torch.tensor([[0.5, 1, 1.5], [1, 0, 1]]))
-    torch.testing.assert_close(o[0, 1, 0], torch.tensor([1.5, 1, 2.5]))
+    assert o[0, 0, 0].tolist() == [2, 4, 6], "the first token reads what it has just written"
+    # 0.5 S − (0.25, 0)ᵀ (2, 4, 6) = [[0.5, 1, 1.5], [0, 0, 0]], plus the write [[0, 0, 0], [1, 0, 1]]
+    assert_close(S[0, 0], torch.tensor([[0.5, 1, 1.5], [1, 0, 1]]), msg="decay and erase, then write?")
+    assert_close(o[0, 1, 0], torch.tensor([1.5, 1, 2.5]), msg="reads come after the write: o = Sᵀq")
 
 
-@given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 70), st.integers(1, 9), st.integers(1, 9),
-       st.integers(0, 20), st.booleans())
+def close(a: torch.Tensor, b: torch.Tensor, atol=1e-4):
+    assert_close(a, b, atol=atol * max(1.0, b.abs().max().item()), rtol=1e-4)
+
+
+@given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 70), st.integers(1, 9),
+       st.integers(1, 9), st.integers(0, 20), st.booleans())
 def test_chunks_and_splits_give_the_loop(kind, seed, T, K, V, chunk, with_state):
     s = random_steps(kind, seed, T=T, K=K, V=V)
     start = torch.randn(2, 3, K, V, generator=rng(seed)) if with_state else None
     o, S = recurrence(s, start)
-    close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4 * max(1.0, b.abs().max().item()), rtol=1e-4)
-    o2, S2 = recurrence_chunked(s, start, chunk=min(chunk, 16) or None)
-    close(o2, o), close(S2, S)
-    cut = seed % T                                                                 # in two parts, the state handed over
+    chunked = recurrence_chunked(s, start, chunk=min(chunk, 16) or None)
+    close(chunked[0], o), close(chunked[1], S), close(states(s, start)[:, -1], S)
+    cut = seed % T                                            # in two parts, the state handed over
     if cut:
         a, middle = recurrence_chunked(s.times(0, cut), start)
-        b, S3 = recurrence_chunked(s.times(cut, T), middle)
-        close(torch.cat([a, b], 1), o), close(S3, S)
-    close(states(s, start)[:, -1], S)
+        b, end = recurrence_chunked(s.times(cut, T), middle)
+        close(torch.cat([a, b], 1), o), close(end, S)
 
 
-@given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 30), st.integers(1, 9), st.integers(1, 9))
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_chunks_learn_what_the_loop_learns(kind):
+    """The gradients of both, for every tensor, also where a decay is as good as 0."""
+    s = random_steps(kind, 1, T=40)
+    grads = []
+    for repeat in (recurrence, recurrence_chunked):
+        leaves = [x.clone().requires_grad_() for x in s if x is not None]
+        o, S = repeat(StepInputs(*leaves))
+        grads.append(torch.autograd.grad(o.square().sum() + S.square().sum(), leaves))
+    for a, b in zip(*grads):
+        close(b, a)
+
+
+@given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 30), st.integers(1, 9),
+       st.integers(1, 9))
 def test_an_edit_stays_rank_one_and_propagate_follows_it(kind, seed, T, K, V):
-    """Adding u yᵀ to each head's state after the first token moves every later read by (u_s · q_s) y and the
-    last state by u_T yᵀ."""
-    s = random_steps(kind, seed, T=T, H=3, K=K, V=V)
-    u, y = torch.randn(2, 3, K, generator=rng(seed)), torch.randn(2, 3, V, generator=rng(seed + 1))
+    """u yᵀ, added to each head's state after the first token, moves every later read by (u_s · q_s) y
+    and the last state by u_T yᵀ."""
+    s, g = random_steps(kind, seed, T=T, K=K, V=V), rng(seed)
+    u, y = torch.randn(2, 3, K, generator=g), torch.randn(2, 3, V, generator=g)
     gain, last = propagate(u, s)
     o, S = recurrence(s)
-    _, S_1 = recurrence(s.times(0, 1))
-    S_1 = S_1 + u[..., None] * y[..., None, :]
-    o_edited = [torch.einsum("bhkv,bhk->bhv", S_1, s.q[:, 0])[:, None]]
-    S_edited = S_1
+    _, edited = recurrence(s.times(0, 1))
+    edited = edited + u[..., None] * y[..., None, :]
+    o_edited = torch.einsum("bhkv,bhk->bhv", edited, s.q[:, 0])[:, None]
     if T > 1:
-        later, S_edited = recurrence(s.times(1, T), S_1)
-        o_edited.append(later)
-    torch.testing.assert_close(torch.cat(o_edited, 1) - o, gain[..., None] * y[:, None], atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(S_edited - S, last[..., None] * y[..., None, :], atol=2e-5, rtol=1e-4)
+        later, edited = recurrence(s.times(1, T), edited)
+        o_edited = torch.cat([o_edited, later], 1)
+    assert_close(o_edited - o, gain[..., None] * y[:, None], atol=2e-5, rtol=1e-4)
+    assert_close(edited - S, last[..., None] * y[..., None, :], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("swap", ["value first", "heads before time", "log_decay without its last axis"])
-def test_wrong_shapes_are_named(swap):
-    s = random_steps("gdn", 0)
-    bad = {"value first": (s, torch.zeros(2, 3, 4, 6)),
-           "heads before time": (s._replace(v=s.v.transpose(1, 2)), None),
-           "log_decay without its last axis": (s._replace(log_decay=s.log_decay[..., 0]), None)}[swap]
-    with pytest.raises(ValueError, match="is "):
-        recurrence_chunked(*bad)
+@pytest.mark.parametrize("mistake, message", [
+    ("value first", "value first"), ("heads before time", "head axis before the time axis"),
+    ("log_decay without its last axis", "last axis missing")])
+def test_wrong_shapes_are_named(mistake, message):
+    s, state = random_steps("gdn", 0), None
+    if mistake == "value first":
+        state = torch.zeros(2, 3, 4, 6)
+    elif mistake == "heads before time":
+        s = s._replace(v=s.v.transpose(1, 2))
+    else:
+        s = s._replace(log_decay=s.log_decay[..., 0])
+    for repeat in (recurrence, recurrence_chunked):
+        with pytest.raises(ValueError, match=message):
+            repeat(s, state)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The three architectures, restated in float64 NumPy straight from their equations, one token at a time
-# ---------------------------------------------------------------------------------------------------------------------
-sigmoid = lambda x: 1 / (1 + np.exp(-x))
-silu = lambda x: x * sigmoid(x)
-softplus = lambda x: np.log1p(np.exp(x))
+# --------------------------------------------------------------------------------------------------
+# The three architectures in float64 NumPy, straight from their equations, token by token
+# --------------------------------------------------------------------------------------------------
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
 
 
 def numpy_gdn(p, h, m):
-    S, past, out = np.zeros((m.heads, m.K, m.V)), [np.zeros(m.channels)] * 3, []
+    S, past, out = np.zeros((m.heads, m.K, m.V)), [np.zeros(len(p["conv1d.weight"]))] * 3, []
     for x in h:
         past.append(p["in_proj_qkv.weight"] @ x)
         c = silu(sum(p["conv1d.weight"][:, 0, i] * past[-4 + i] for i in range(4)))
@@ -177,79 +217,111 @@ def numpy_gdn(p, h, m):
         y = []
         for j in range(m.heads):
             g = j // (m.heads // m.key_heads)
-            qj, kj, vj = q[g * m.K:(g + 1) * m.K], k[g * m.K:(g + 1) * m.K], v[j * m.V:(j + 1) * m.V]
-            qj, kj = qj / np.sqrt((qj ** 2).sum() + 1e-6) / np.sqrt(m.K), kj / np.sqrt((kj ** 2).sum() + 1e-6)
-            S[j] = alpha[j] * (np.eye(m.K) - beta[j] * np.outer(kj, kj)) @ S[j] + beta[j] * np.outer(kj, vj)
-            o = S[j].T @ qj
-            y.append(o / np.sqrt((o ** 2).mean() + 1e-6) * p["norm.weight"] * silu(z[j * m.V:(j + 1) * m.V]))
+            keys, values = slice(g * m.K, (g + 1) * m.K), slice(j * m.V, (j + 1) * m.V)
+            q_j = q[keys] / np.sqrt((q[keys] ** 2).sum() + 1e-6) / np.sqrt(m.K)
+            k_j = k[keys] / np.sqrt((k[keys] ** 2).sum() + 1e-6)
+            S[j] = alpha[j] * (np.eye(m.K) - beta[j] * np.outer(k_j, k_j)) @ S[j]
+            S[j] += beta[j] * np.outer(k_j, v[values])
+            o = S[j].T @ q_j
+            y.append(o / np.sqrt((o ** 2).mean() + 1e-6) * p["norm.weight"] * silu(z[values]))
         out.append(p["out_proj.weight"] @ np.concatenate(y))
     return np.stack(out)
 
 
 def numpy_mamba2(p, h, m):
-    inner_size, S, past, out = m.heads * m.V, np.zeros((m.heads, m.K, m.V)), [np.zeros(m.channels)] * 3, []
+    inner, channels = m.heads * m.V, len(p["conv1d.weight"])
+    S, past, out = np.zeros((m.heads, m.K, m.V)), [np.zeros(channels)] * 3, []
     for x in h:
-        z, xBC, dt = np.split(p["in_proj.weight"] @ x, [inner_size, inner_size + m.channels])
+        z, xBC, dt = np.split(p["in_proj.weight"] @ x, [inner, inner + channels])
         past.append(xBC)
-        c = silu(sum(p["conv1d.weight"][:, 0, i] * past[-4 + i] for i in range(4)) + p["conv1d.bias"])
-        X, B, C = np.split(c, [inner_size, inner_size + m.groups * m.K])
+        taps = p["conv1d.weight"][:, 0]
+        c = silu(sum(taps[:, i] * past[-4 + i] for i in range(4)) + p["conv1d.bias"])
+        X, B, C = np.split(c, [inner, inner + m.groups * m.K])
         delta, y = softplus(dt + p["dt_bias"]), []
         for j in range(m.heads):
             g = j // (m.heads // m.groups)
-            xj, Bj, Cj = X[j * m.V:(j + 1) * m.V], B[g * m.K:(g + 1) * m.K], C[g * m.K:(g + 1) * m.K]
-            S[j] = np.exp(-np.exp(p["A_log"][j]) * delta[j]) * S[j] + np.outer(Bj, delta[j] * xj)
-            y.append(S[j].T @ Cj + p["D"][j] * xj)
+            keys, x_j = slice(g * m.K, (g + 1) * m.K), X[j * m.V:(j + 1) * m.V]
+            S[j] = np.exp(-np.exp(p["A_log"][j]) * delta[j]) * S[j]
+            S[j] += np.outer(B[keys], delta[j] * x_j)
+            y.append(S[j].T @ C[keys] + p["D"][j] * x_j)
         y = (np.concatenate(y) * silu(z)).reshape(m.groups, -1)
-        y = (y / np.sqrt((y ** 2).mean(1, keepdims=True) + 1e-5)).reshape(-1) * p["norm.weight"]
-        out.append(p["out_proj.weight"] @ y)
+        y = y / np.sqrt((y ** 2).mean(1, keepdims=True) + 1e-5)
+        out.append(p["out_proj.weight"] @ (y.reshape(-1) * p["norm.weight"]))
     return np.stack(out)
 
 
 def numpy_rwkv7(p, h, m):
+    def lora(c, f, x):
+        middle = f(p[f"{c}_lora.0.weight"] @ (x + (past - x) * p[f"x_{c}"]))
+        return p[f"{c}_lora.2.weight"] @ middle + p.get(f"{c}_lora.2.bias", 0)
+
+    def project(c, x):
+        return (p[f"{c}_proj.weight"] @ (x + (past - x) * p[f"x_{c}"])).reshape(m.heads, -1)
+
     S, past, out = np.zeros((m.heads, m.K, m.V)), np.zeros(h.shape[1]), []
     for x in h:
-        mix = {c: x + (past - x) * p[f"x_{c}"] for c in "rwkvag"}
-        past = x
-        lora = lambda c, f: (p[f"{c}_lora.2.weight"] @ f(p[f"{c}_lora.0.weight"] @ mix[c]) +
-                             p.get(f"{c}_lora.2.bias", 0))
-        r, k, v = p["r_proj.weight"] @ mix["r"], p["k_proj.weight"] @ mix["k"], p["v_proj.weight"] @ mix["v"]
-        w = np.exp(-math.exp(-0.5) * sigmoid(lora("w", np.tanh)))
-        a, gate = sigmoid(lora("a", lambda y: y)), lora("g", sigmoid)
-        kappa = (k * p["k_k"]).reshape(m.heads, m.K)
+        r, k, v = project("r", x), project("k", x), project("v", x)
+        w = np.exp(-math.exp(-0.5) * sigmoid(lora("w", np.tanh, x))).reshape(k.shape)
+        a, gate = sigmoid(lora("a", np.array, x)).reshape(k.shape), lora("g", sigmoid, x)
+        kappa = k * p["k_k"].reshape(k.shape)
         kappa = kappa / np.linalg.norm(kappa, axis=1, keepdims=True)
-        k = (k * (1 + (a - 1) * p["k_a"])).reshape(m.heads, m.K)
-        r, w, a, v, y = r.reshape(k.shape), w.reshape(k.shape), a.reshape(k.shape), v.reshape(m.heads, m.V), []
+        k, past, y = k * (1 + (a - 1) * p["k_a"].reshape(k.shape)), x, []
         for j in range(m.heads):
             S[j] = (np.diag(w[j]) - np.outer(a[j] * kappa[j], kappa[j])) @ S[j] + np.outer(k[j], v[j])
             o = S[j].T @ r[j]
             o = (o - o.mean()) / np.sqrt(o.var() + m.eps)
             part = slice(j * m.V, (j + 1) * m.V)
-            y.append(o * p["g_norm.weight"][part] + p["g_norm.bias"][part] + (r[j] * k[j] * p["r_k"][j]).sum() * v[j])
+            bonus = (r[j] * k[j] * p["r_k"][j]).sum() * v[j]
+            y.append(o * p["g_norm.weight"][part] + p["g_norm.bias"][part] + bonus)
         out.append(p["out_proj.weight"] @ (np.concatenate(y) * gate))
     return np.stack(out)
 
 
-@pytest.mark.parametrize("kind, restated", [("gdn", numpy_gdn), ("mamba2", numpy_mamba2), ("rwkv7", numpy_rwkv7)])
-def test_each_adapter_is_its_equations(kind, restated):
-    mixer = tiny_model(kind).layers[0].mixer
-    h = torch.randn(1, 25, 32, generator=rng(5))
-    s, rest, _ = mixer.inputs(h, {}, None)
-    ours = mixer.output(recurrence_chunked(s)[0], s, rest)[0]
-    theirs = restated({name: p.double().numpy() for name, p in mixer.named_parameters()}, h[0].double().numpy(), mixer)
-    np.testing.assert_allclose(ours.numpy(), theirs, atol=2e-4 * np.abs(theirs).max())
+RESTATED = dict(gdn=numpy_gdn, mamba2=numpy_mamba2, rwkv7=numpy_rwkv7)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_each_adapter_is_its_equations(kind):
+    mixer, h = tiny_model(kind).layers[0].mixer, torch.randn(1, 25, 32, generator=rng(5))
+    s, rest, _ = mixer.inputs(h, {})
+    ours = mixer.output(recurrence_chunked(s)[0], s, rest)[0].numpy()
+    weights = {name: p.double().numpy() for name, p in mixer.named_parameters()}
+    theirs = RESTATED[kind](weights, h[0].double().numpy(), mixer)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_with_its_scale_held_fixed_the_output_is_linear_in_o_through_the_gate(kind, monkeypatch):
+    """output(o + d) − output(o) = W_out(gate · scale · d) (RWKV-7: d without its mean)."""
+    mixer, g = tiny_model(kind).layers[0].mixer, rng(5)
+    s, rest, _ = mixer.inputs(torch.randn(1, 7, 32, generator=g), {})
+    o, d = 100 * recurrence(s)[0], 9 * torch.randn(1, 7, mixer.heads, mixer.V, generator=g)
+    gate, scale = mixer.gate_and_scale(o, s, rest)
+    assert gate.shape == o.shape and scale.shape == (*o.shape[:3], 1)
+    moved = gate * scale * (d - d.mean(-1, keepdim=True) if kind == "rwkv7" else d)
+    free = mixer.output(o + d, s, rest) - mixer.output(o, s, rest)
+    monkeypatch.setattr(mixer, "gate_and_scale", lambda o, s, rest: (gate, scale))
+    held = mixer.output(o + d, s, rest) - mixer.output(o, s, rest)
+    assert_close(held, mixer.out_proj(moved.flatten(-2)), atol=1e-4, rtol=1e-4)
+    assert (free - held).abs().max() > 0.1, "the scale depends on o"
+    monkeypatch.undo()
+    louder = mixer.gate_and_scale(3 * o, s, rest)
+    assert torch.equal(louder[0], gate), "the gate does not depend on o"
+    if kind != "mamba2":                                            # whose norm also sees D x
+        assert_close(louder[1], scale / 3, atol=1e-2, rtol=1e-2)    # eps aside
+
+
+# --------------------------------------------------------------------------------------------------
 # The official implementations, live: logits in one pass, and prefill then continue
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def assert_same_logits(ours: LanguageModel, tokens: torch.Tensor, theirs: torch.Tensor):
-    assert 0.3 < theirs.std() < 10                                              # a bound on differences means something
-    whole, _ = ours(tokens)
-    torch.testing.assert_close(whole, theirs, atol=2e-4, rtol=0)
-    first, cache = ours(tokens[:, :13])
-    second, cache = ours(tokens[:, 13:14], cache)
-    third, _ = ours(tokens[:, 14:], cache)
-    torch.testing.assert_close(torch.cat([first, second, third], 1), theirs, atol=2e-4, rtol=0)
+    assert 0.3 < theirs.std() < 10                            # so that a bound on differences means something
+    assert_close(ours(tokens)[0], theirs, atol=2e-4, rtol=0)
+    cache, parts = None, []
+    for piece in tokens.split([13, 1, tokens.shape[1] - 14], 1):
+        logits, cache = ours(piece, cache)
+        parts.append(logits)
+    assert_close(torch.cat(parts, 1), theirs, atol=2e-4, rtol=0)
 
 
 def hf_model(kind: str, config: dict, seed: int):
@@ -258,32 +330,37 @@ def hf_model(kind: str, config: dict, seed: int):
     config = {key: value for key, value in config.items() if key != "model_type"}
     torch.manual_seed(seed)
     if kind == "gdn":
-        return shake(transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**config)), seed)
+        config = transformers.Qwen3_5TextConfig(**config)
+        return shake(transformers.Qwen3_5ForCausalLM(config), seed)
     return shake(transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**config)), seed)
+
+
+def as_multimodal_shards(folder):
+    """Rewrite a flat checkpoint as the hub has Qwen3.5: two shards, an index, nested names and config,
+    tensors of other modules beside."""
+    tensors = load_file(folder / "model.safetensors")
+    os.remove(folder / "model.safetensors")
+    tensors = {n.replace("model.", "model.language_model.", 1): x for n, x in tensors.items()}
+    tensors |= {"model.visual.patch.weight": torch.zeros(3), "mtp.fc.weight": torch.zeros(3)}
+    names, weight_map = sorted(tensors), {}
+    for i in range(2):
+        file = f"model.safetensors-0000{i + 1}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in names[i::2]}, folder / file)
+        weight_map |= {n: file for n in names[i::2]}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    text = json.loads((folder / "config.json").read_text())
+    outer = dict(model_type="qwen3_5", tie_word_embeddings=text["tie_word_embeddings"], text_config=text)
+    (folder / "config.json").write_text(json.dumps(outer))
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("layout", ["one file", "sharded, multimodal names"])
 def test_qwen35_against_transformers(tmp_path, layout, tied):
-    """With attention in layer 3, two value heads per key head; from a flat file, and as the hub has it: shards, an
-    index, nested names and config, tensors of other modules beside."""
-    from safetensors.torch import load_file, save_file
+    """With attention in layer 3, and two value heads per key head."""
     model = hf_model("gdn", tiny_config("gdn", tie_word_embeddings=tied), 1)
     model.save_pretrained(tmp_path)
     if layout != "one file":
-        tensors = load_file(tmp_path / "model.safetensors")
-        os.remove(tmp_path / "model.safetensors")
-        tensors = {name.replace("model.", "model.language_model.", 1): x for name, x in tensors.items()}
-        tensors |= {"model.visual.patch.weight": torch.zeros(3), "mtp.fc.weight": torch.zeros(3)}
-        names, weight_map = sorted(tensors), {}
-        for i in range(2):
-            file = f"model.safetensors-0000{i + 1}-of-00002.safetensors"
-            save_file({n: tensors[n] for n in names[i::2]}, tmp_path / file)
-            weight_map |= {n: file for n in names[i::2]}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        text = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps(
-            {"model_type": "qwen3_5", "tie_word_embeddings": tied, "text_config": text}))
+        as_multimodal_shards(tmp_path)
     tokens = random_tokens(2, T=70)
     assert_same_logits(load(str(tmp_path)), tokens, model(tokens).logits)
 
@@ -291,15 +368,14 @@ def test_qwen35_against_transformers(tmp_path, layout, tied):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("layout", ["transformers", "mamba_ssm"])
 def test_mamba2_against_transformers(tmp_path, groups, layout):
-    from safetensors.torch import load_file, save_file
     model = hf_model("mamba2", tiny_config("mamba2", n_groups=groups), 2)
     model.save_pretrained(tmp_path)
     if layout == "mamba_ssm":
         tensors = load_file(tmp_path / "model.safetensors")
         tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
         save_file(tensors, tmp_path / "model.safetensors")
-        config = dict(d_model=32, n_layer=4, vocab_size=61, ssm_cfg=dict(layer="Mamba2", ngroups=groups),
-                      tie_embeddings=False)
+        config = dict(d_model=32, n_layer=4, vocab_size=61, tie_embeddings=False,
+                      ssm_cfg=dict(layer="Mamba2", ngroups=groups))
         (tmp_path / "config.json").write_text(json.dumps(config))
     tokens = random_tokens(3, T=50)
     assert_same_logits(load(str(tmp_path)), tokens, model(tokens).logits)
@@ -308,43 +384,44 @@ def test_mamba2_against_transformers(tmp_path, groups, layout):
 def official_rwkv_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
     """Our RWKV-7's weights under its author's names."""
     z = {"emb.weight": model.embedding.weight, "head.weight": model.head.weight}
-    norm = lambda name, n: {name + ".weight": n.weight, name + ".bias": n.bias}
-    z |= norm("blocks.0.ln0", model.embed_norm) | norm("ln_out", model.norm)
+    norms = {"blocks.0.ln0": model.embed_norm, "ln_out": model.norm}
     for i, block in enumerate(model.layers):
         a, at, ffn = block.mixer, f"blocks.{i}.att.", f"blocks.{i}.ffn."
-        z |= norm(f"blocks.{i}.ln1", block.norm1) | norm(f"blocks.{i}.ln2", block.norm2) | norm(at + "ln_x", a.g_norm)
-        z |= ({at + f"x_{c}": getattr(a, f"x_{c}") for c in "rwkvag"} |
-              {at + n: getattr(a, n) for n in ("k_k", "k_a", "r_k")})
-        z |= {at + full + ".weight": getattr(a, c + "_proj").weight
-              for c, full in zip(("r", "k", "v", "out"), ("receptance", "key", "value", "output"))}
+        norms |= {f"blocks.{i}.ln1": block.norm1, f"blocks.{i}.ln2": block.norm2, at + "ln_x": a.g_norm}
+        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a", "r_k"):
+            z[at + name] = getattr(a, name)
+        for ours, theirs in dict(r="receptance", k="key", v="value", out="output").items():
+            z[at + theirs + ".weight"] = getattr(a, ours + "_proj").weight
         for c in "wavg" if i else "wag":
             lora = getattr(a, c + "_lora")
-            z |= ({at + c + "1": lora[0].weight.T, at + c + "2": lora[2].weight.T} |
-                  ({} if c == "g" else {at + c + "0": lora[2].bias}))
-        z |= {ffn + "x_k": block.mlp.x_k, ffn + "key.weight": block.mlp.key.weight,
-              ffn + "value.weight": block.mlp.value.weight}
+            z[at + c + "1"], z[at + c + "2"] = lora[0].weight.T, lora[2].weight.T
+            if c != "g":
+                z[at + c + "0"] = lora[2].bias
+        z[ffn + "x_k"], z[ffn + "key.weight"] = block.mlp.x_k, block.mlp.key.weight
+        z[ffn + "value.weight"] = block.mlp.value.weight
+    for name, norm in norms.items():
+        z[name + ".weight"], z[name + ".bias"] = norm.weight, norm.bias
     return {name: x.clone() for name, x in z.items()}
 
 
 @pytest.mark.parametrize("layout", ["x_r ... x_g apart", "packed as x_x"])
 def test_rwkv7_against_its_authors_package(tmp_path, layout):
     from rwkv.model import RWKV
-    from safetensors.torch import load_file, save_file
-    model = shake(models.build(tiny_config("rwkv7", num_hidden_layers=3)), 3)
-    models.save(model, tiny_config("rwkv7", num_hidden_layers=3), str(tmp_path))
+    config = tiny_config("rwkv7", num_hidden_layers=3)
+    model = shake(models.build(config), 3)
+    models.save(model, config, str(tmp_path))
     tensors = load_file(tmp_path / "model.safetensors")
-    if layout == "packed as x_x":
-        for i in range(3):
-            at = f"model.layers.{i}.attn."
-            tensors[at + "x_x"] = torch.stack([tensors.pop(at + f"x_{c}") for c in "rwkvag"])
-    else:
-        # fla's shape
-        tensors |= {name: x.view(1, 1, -1) for name, x in tensors.items() if re.search(r"attn\.x_.$", name)}
+    for name in [n for n in tensors if re.search(r"attn\.x_r$", n)]:
+        mixes = {c: tensors.pop(name[:-1] + c) for c in "rwkvag"}
+        if layout == "packed as x_x":
+            tensors[name[:-1] + "x"] = torch.stack(list(mixes.values()))
+        else:                                                 # fla's shape
+            tensors |= {name[:-1] + c: x.view(1, 1, -1) for c, x in mixes.items()}
     save_file(tensors, tmp_path / "model.safetensors")
     torch.save(official_rwkv_weights(model), tmp_path / "official.pth")
     tokens = random_tokens(4, B=1, T=40)
-    theirs, _ = RWKV(model=str(tmp_path / "official"), strategy="cpu fp32").forward(
-        tokens[0].tolist(), None, full_output=True)
+    official = RWKV(model=str(tmp_path / "official"), strategy="cpu fp32")
+    theirs, _ = official.forward(tokens[0].tolist(), None, full_output=True)
     assert_same_logits(load(str(tmp_path)), tokens, theirs[None])
 
 
@@ -355,28 +432,43 @@ def test_transformers_opens_the_embedded_models(name):
     model = load(folder)
     tokens = random_tokens(5, T=60, vocab=model.vocab)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits.detach()
-    torch.testing.assert_close(model(tokens)[0], theirs, atol=1e-3, rtol=0)     # logits of a trained model: std about 4
+    assert_close(model(tokens)[0], theirs, atol=1e-3, rtol=0)       # logits of std about 4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model: caches, causality, edits
-# ---------------------------------------------------------------------------------------------------------------------
-@given(st.sampled_from(ARCHITECTURES), st.integers(0, 20), st.lists(st.integers(1, 15), min_size=1, max_size=5))
+# --------------------------------------------------------------------------------------------------
+@given(st.sampled_from(ARCHITECTURES), st.integers(0, 20),
+       st.lists(st.integers(1, 15), min_size=1, max_size=5))
 def test_any_split_with_a_cache_gives_the_whole(kind, seed, pieces):
     model, tokens = tiny_model(kind), random_tokens(seed, T=sum(pieces))
     whole, end = model(tokens)
-    cache, parts = None, []
+    cache, parts = model.empty_cache(), []
     for piece in tokens.split(pieces, 1):
-        before = cache and [{n: x.clone() for n, x in layer.items()} for layer in cache.layers]
+        before = [{n: x.clone() for n, x in layer.items()} for layer in cache.layers]
         logits, new = model(piece, cache)
-        if cache:                                                                         # nothing passed in is changed
-            assert all(torch.equal(x, layer[n]) for layer, old in zip(cache.layers, before) for n, x in old.items())
+        for layer, old in zip(cache.layers, before):          # nothing passed in is changed
+            assert all(torch.equal(layer[n], x) for n, x in old.items()) and len(layer) == len(old)
         cache = new
         parts.append(logits)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=0)
+    assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-5)
     assert cache.length == end.length == tokens.shape[1]
     for a, b in zip(cache.layers, end.layers):
         assert all(torch.allclose(a[n], b[n], atol=1e-4) for n in b)
+    half = model(tokens[1:, :1], model(tokens)[1].rows(torch.tensor([1])))[0]
+    assert_close(half, model(tokens[:, :1], end)[0][1:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_generate_takes_the_most_probable_token_each_time(kind):
+    model, tokens = tiny_model(kind), random_tokens(3, T=9)
+    logits, cache = model(tokens)
+    new, chosen_from = model.generate(logits[:, -1], cache, 4)
+    for i in range(4):
+        expected = model(tokens)[0][:, -1]
+        assert_close(chosen_from[:, i], expected, atol=1e-4, rtol=0)
+        tokens = torch.cat([tokens, expected.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(new, tokens[:, 9:])
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -384,14 +476,12 @@ def test_the_past_does_not_see_the_future(kind):
     model, tokens = tiny_model(kind), random_tokens(6)
     other = tokens.clone()
     other[:, 20:] = (other[:, 20:] + 1) % 61
-    a, b = model(tokens)[0], model(other)[0]
-    torch.testing.assert_close(a[:, :20], b[:, :20], atol=1e-5, rtol=0)
-    assert (a[:, 20:] - b[:, 20:]).abs().max() > 0.1
-    mixer = model.layers[1].mixer
-    edited = model(tokens, edits=[
-        Edit(1, 2, 20, torch.randn(mixer.K, generator=rng(1)), torch.randn(mixer.V, generator=rng(2)))])[0]
-    torch.testing.assert_close(a[:, :20], edited[:, :20], atol=1e-5, rtol=0)
-    assert (a[:, 20:] - edited[:, 20:]).abs().max() > 1e-3
+    mixer, g = model.layers[1].mixer, rng(1)
+    edit = Edit(1, 2, 20, torch.randn(mixer.K, generator=g), torch.randn(mixer.V, generator=g))
+    native = model(tokens)[0]
+    for changed, least in ((model(other)[0], 0.1), (model(tokens, edits=[edit])[0], 1e-3)):
+        assert_close(native[:, :20], changed[:, :20], atol=1e-5, rtol=0)
+        assert (native[:, 20:] - changed[:, 20:]).abs().max() > least
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -406,25 +496,198 @@ def test_a_write_replaced_by_itself_changes_nothing_to_the_bit(kind):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_an_edited_model_is_a_model_that_wrote_something_else(kind):
     """`edits` (which propagates) against the token loop with another write in the layer itself."""
-    model, tokens = tiny_model(kind), random_tokens(8)
+    model, tokens, g = tiny_model(kind), random_tokens(8), rng(1)
     layer, head, t = 1, 2, 9
-    stream = model.run(model.embed(tokens), last=layer)[0]
-    block, s = model.layers[layer], model.step_inputs(stream, layer)
-    key, value = torch.randn(s.k.shape[-1], generator=rng(1)), torch.randn(s.v.shape[-1], generator=rng(2))
-    all_o, S = [], None
+    stream, _ = model.run(model.embed(tokens), last=layer)
+    block = model.layers[layer]
+    s, rest, _ = block.mixer.inputs(block.norm1(stream.x), {}, stream.v_first)
+    key, value = torch.randn(s.k.shape[-1], generator=g), torch.randn(s.v.shape[-1], generator=g)
+    o, S = [], None
     for i in range(tokens.shape[1]):
         _, S = recurrence(s.times(i, i + 1), S)
         if i == t:
             S = S.clone()
             S[:, head] += key[:, None] * value
-        all_o.append(torch.einsum("bhkv,bhk->bhv", S, s.q[:, i]))
-    _, rest, _ = block.mixer.inputs(block.norm1(stream.x), {}, stream.v_first)
-    x = stream.x + block.mixer.output(torch.stack(all_o, 1), s, rest)
-    if block.mlp is not None:
-        x = x + block.mlp(block.norm2(x), {})[0]
-    after, _ = model.run(models.Stream(x, stream.v_first), first=layer + 1)
-    expected = model.unembed(after)
-    torch.testing.assert_close(model(tokens, edits=[Edit(layer, head, t, key, value)])[0], expected, atol=1e-4, rtol=0)
+        o.append(torch.einsum("bhkv,bhk->bhv", S, s.q[:, i]))
+    mixed = models.Stream(stream.x + block.mixer.output(torch.stack(o, 1), s, rest), stream.v_first)
+    after, _ = model.run(block.feed(mixed, {})[0], first=layer + 1)
+    edited = model(tokens, edits=[Edit(layer, head, t, key, value)])[0]
+    assert_close(edited, model.unembed(after), atol=1e-4, rtol=0)
+
+
+def test_an_edit_of_what_is_not_there_is_refused():
+    model, tokens, k, v = tiny_model("gdn"), random_tokens(0, T=5), torch.zeros(8), torch.zeros(6)
+    for edit, message in ((Edit(3, 0, 1, k, v), "full attention"), (Edit(9, 0, 1, k, v), "layer 9"),
+                          (Edit(0, 4, 1, k, v), "heads 0..3"), (Edit(0, 0, 5, k, v), "positions 0..4"),
+                          (Edit(0, 0, 1, v, k), "key first")):
+        with pytest.raises(InputError, match=message):
+            model(tokens, edits=[edit])
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints that are not what they should be: one line, no traceback
+# --------------------------------------------------------------------------------------------------
+def make_checkpoint(folder, kind: str):
+    """A tiny checkpoint with a tokenizer of two words."""
+    from tokenizers import Tokenizer, models as kinds
+    config = tiny_config(kind, num_hidden_layers=2)
+    models.save(shake(models.build(config), 5), config, str(folder))
+    Tokenizer(kinds.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
+
+
+NAME = "backbone.layers.1.mixer.A_log"
+SPOILED = {                                                   # what is done to the tensors -> message
+    "is missing": lambda x: x.pop(NAME), "mixer.extra": lambda x: x.update({"mixer.extra": torch.ones(2)}),
+    r"A_log is \[3\]": lambda x: x.update({NAME: torch.zeros(3)}),
+    "holds I8": lambda x: x.update({NAME: torch.zeros(8, dtype=torch.int8)}),
+    "A_log holds NaN": lambda x: x[NAME].fill_(math.nan), "D holds NaN or Inf": lambda x: x[
+        NAME.replace("A_log", "D")].fill_(-math.inf)}
+CONFIGS = [                                                   # changes of the config, message
+    (dict(model_type="llama"), "llama is not supported.*supported: qwen3_5"),
+    (dict(model_type="mamba"), "Mamba-1"), (dict(model_type="rwkv6"), "RWKV-6"),
+    (dict(model_type="qwen3_next"), "Qwen3-Next"), (dict(model_type=[1]), "not supported"),
+    (dict(ssm_cfg={}), "Mamba-1"), (dict(num_heads="eight"), "num_heads is 'eight'"),
+    (dict(n_groups=0), "n_groups is 0"), (dict(n_groups=3), "must divide"),
+    (dict(num_hidden_layers=10 ** 9), "num_hidden_layers is 1000000000"),
+    (dict(head_dim=400_000, state_size=400_000), "config.json asks for"),
+    (dict(num_hidden_layers=True), "num_hidden_layers is True"), (dict(text_config=3), "cannot be read")]
+FILES = [                                                     # file, its new content, message
+    ("model.safetensors", b"", "cannot be read"), ("model.safetensors", b"<!DOCTYPE html>", "web page"),
+    ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer"),
+    ("model.safetensors", b"\x80\x04\x95" + bytes(range(99)), "is a pickle"),
+    ("model.safetensors", b"PK\x03\x04" + bytes(range(99)), "is a pickle"),
+    ("config.json", b"{", "cannot be read"), ("config.json", b"\xff\xfe{}", "cannot be read"),
+    ("config.json", b"[" * 99999, "cannot be read"), ("config.json", b"[1]", "no JSON object"),
+    ("model.safetensors.index.json", b'{"weight_map": {"a": "../b.safetensors"}}', "outside the folder"),
+    ("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}', "is missing"),
+    ("model.safetensors.index.json", b'{"weight_map": [1]}', "cannot be read"),
+    ("tokenizer.json", b"", "cannot be read"), ("tokenizer.json", b"{}", "cannot be read"),
+    ("tokenizer.json", b"[1]", "no JSON object"), ("tokenizer.json", b"<html>", "web page")]
+
+
+def assert_refused(folder, message: str):
+    with pytest.raises(InputError, match=message) as error:
+        load_tokenizer(load(str(folder)))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("message", SPOILED)
+def test_spoiled_tensors_are_refused_by_name(tmp_path, message):
+    make_checkpoint(tmp_path, "mamba2")
+    tensors = load_file(tmp_path / "model.safetensors")
+    SPOILED[message](tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_refused(tmp_path, message)
+
+
+@pytest.mark.parametrize("changes, message", CONFIGS)
+def test_a_config_that_cannot_be_is_refused_by_name(tmp_path, changes, message):
+    make_checkpoint(tmp_path, "mamba2")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    assert_refused(tmp_path, message)
+
+
+@pytest.mark.parametrize("file, content, message", FILES)
+def test_a_file_that_is_something_else_is_refused(tmp_path, file, content, message):
+    make_checkpoint(tmp_path, "mamba2")
+    (tmp_path / file).write_bytes(content)
+    assert_refused(tmp_path, message)
+
+
+def test_pickles_fifos_and_unknown_names_are_refused(tmp_path):
+    make_checkpoint(tmp_path, "mamba2")
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    assert_refused(tmp_path, "pytorch_model.bin is a pickle.*safetensors conversion")
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert_refused(tmp_path, "no file")
+    assert_refused("no such thing", "neither a folder nor a hub id")
+    with pytest.raises(InputError, match="could not be fetched") as error:
+        load("nobody/no-such-model" + "x" * 300)
+    assert len(str(error.value)) <= 200
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models as kinds
+    make_checkpoint(tmp_path, "mamba2")
+    words = {f"w{i}": i for i in range(62)}
+    Tokenizer(kinds.WordLevel(words, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
+    assert_refused(tmp_path, "ids up to 61, the embedding 61 rows")
+    Tokenizer(kinds.BPE()).save(str(tmp_path / "tokenizer.json"))
+    assert_refused(tmp_path, "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """Whole tiny checkpoints of the three models, and their logits."""
+    made = {}
+    for kind in ARCHITECTURES:
+        folder = tmp_path_factory.mktemp(kind)
+        make_checkpoint(folder, kind)
+        model = load(str(folder))
+        assert load_tokenizer(model).encode("a") == [0]
+        made[kind] = folder, model(random_tokens(0, T=5))[0]
+    return made
+
+
+REAL = ("norm_eps", "rope_parameters", "tie_word_embeddings")   # here another value may be right, too
+VALUES = [None, "x", [], {}, -1, 0, 1.5, 1e308, True, 10 ** 30, [1, 2], {"a": 1}]
+
+
+def damaged(whole: bytes, damage: str, where: int, value, is_json: bool) -> bytes:
+    """The file's bytes, after the damage."""
+    at, noise = where % len(whole), bytes(random_tokens(where, B=1, T=100, vocab=256)[0].tolist())
+    if damage == "a flipped bit":
+        return whole[:at] + bytes([whole[at] ^ 1 << where % 8]) + whole[at + 1:]
+    if damage in ("a key away", "a wrong value") and is_json:
+        content = json.loads(whole)
+        key = sorted(set(content) - set(REAL))[where % len(set(content) - set(REAL))]
+        content[key] = value
+        if damage == "a key away":
+            del content[key]
+        return json.dumps(content).encode()
+    return {"cut": whole[:at], "extended": whole + noise, "empty": b"", "noise": noise}.get(damage, whole)
+
+
+@settings(max_examples=int(os.environ.get("DAMAGED", 150)))
+@given(st.sampled_from(ARCHITECTURES),
+       st.sampled_from(["config.json", "model.safetensors", "tokenizer.json"]),
+       st.sampled_from(["cut", "extended", "empty", "noise", "a flipped bit", "a key away",
+                        "a wrong value"]), st.integers(0, 10 ** 6), st.sampled_from(VALUES))
+def test_a_damaged_file_is_refused_in_one_line_or_does_no_harm(sound, kind, file, damage, where, value):
+    folder, logits = sound[kind]
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(damaged(whole, damage, where, value, file.endswith(".json")))
+    try:
+        model = load(str(folder))
+        load_tokenizer(model).encode("a b")
+        ours = model(random_tokens(0, T=5))[0]
+        assert ours.shape == logits.shape
+        if damage != "a flipped bit":                         # which may turn one sound number into another
+            assert_close(ours, logits)
+    except InputError as error:
+        assert "\n" not in str(error) and len(str(error)) < 500
+    finally:
+        (folder / file).write_bytes(whole)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+# --------------------------------------------------------------------------------------------------
+def test_world_tokenizer_takes_the_longest_match(tmp_path):
+    make_checkpoint(tmp_path, "mamba2")
+    os.remove(tmp_path / "tokenizer.json")
+    entries = ["a", "b", "ab", "é", b"\xc3", b"\xa9", " "]
+    lines = [f"{i} {entry!r} {len(entry)}\n" for i, entry in enumerate(entries, 1)]
+    (tmp_path / "rwkv_vocab_v1.txt").write_text("".join(lines), encoding="utf-8")
+    tokenizer = load_tokenizer(load(str(tmp_path)))
+    assert tokenizer.encode("abba é") == [3, 2, 1, 7, 4]
+    assert tokenizer.decode([3, 2, 1, 7, 4]) == "abba é"
+    with pytest.raises(InputError, match="no entry for the byte 99"):
+        tokenizer.encode("c")
+    for line in ("99 'x' 1\n", "1\n", "x 'a' 1\n", "1 __import__('os') 2\n", "1 10**9 3\n", "1 99999 4\n"):
+        (tmp_path / "rwkv_vocab_v1.txt").write_text(line)
+        assert_refused(tmp_path, "rwkv_vocab_v1.txt")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -952,8 +1215,9 @@ def test_steering_is_a_full_forward_pass_with_edits(kind, key, value):
     said, _ = decode(model, tokens, edits)
     kept, log_p = decode(model, tokens, edits, unedited[:, 0])
     without, judge = decode(model, tokens, first=target)
+    layers = model.recurrent_layers
     judge_said = model(torch.cat([tokens, said], 1))[0][:, 11:-1].log_softmax(-1)
-    state, edited = (torch.cat([cache.layers[i]["state"].flatten(1) for i in (0, 1, 2)], 1)
+    state, edited = (torch.cat([cache.layers[i]["state"].flatten(1) for i in layers], 1)
                      for _, cache in (model(tokens), model(tokens, edits=edits)))
     of_target = log_p.gather(-1, target[:, None, None].expand(-1, 20, 1))[..., 0]
     expected = dict(
@@ -1132,17 +1396,17 @@ def test_the_least_budget_is_found_on_search_prompts_and_told_of_the_others(firs
 
 
 def test_what_is_chosen_and_what_is_tested_share_no_file():
-    side = run.search_side(torch.tensor([4, 4, 9, 9, 9, 11]))
+    side = writesae.every_second(torch.tensor([4, 4, 9, 9, 9, 11]))
     assert side.tolist() == [True, True, False, False, False, True]
     with pytest.raises(InputError, match="folder"):
-        run.search_side(torch.tensor([3, 3]))
+        writesae.every_second(torch.tensor([3, 3]))
 
 
 # --------------------------------------------------------------------------------------------------
 # Erasing
 # --------------------------------------------------------------------------------------------------
 def erasing_case(kind: str, seed: int, P: int, n_atoms: int = 3):
-    """A tiny model, an SAE of random atoms, passages; at cosine_min 0 most positions are firings."""
+    """A tiny model, an SAE of random atoms, passages: at cosine_min 0 most writes are firings."""
     model = tiny_model(kind, seed)
     mixer = model.layers[1].mixer
     sae = random_sae(seed, n_atoms, mixer.K, mixer.V, active=1, encoder="tied")
@@ -1153,9 +1417,10 @@ def erasing_case(kind: str, seed: int, P: int, n_atoms: int = 3):
 def test_erasing_is_a_full_forward_pass_with_the_edit(kind):
     """The atom where it fires, on passages that had no say; the token is the formula's."""
     model, sae, tokens = erasing_case(kind, 0, P=16)
-    choosing = torch.arange(16) % 2 == 0
-    table = writesae.erasure(model, sae, tokens, 1, 0, [9, 12], choosing, rng(0), 0.0)
-    assert len(table["atom"]) > 5 and not choosing[table["passage"]].any()
+    file = torch.arange(16) // 2
+    table = writesae.erasure(model, sae, tokens, 1, 0, [9, 12], file, rng(0), 0.0)
+    assert len(table["atom"]) > 5 and set(table["file"].tolist()) <= {1, 3, 5, 7}
+    assert torch.equal(table["file"], file[table["passage"]])
     for i in range(0, len(table["atom"]), 4):
         passage, t = table["passage"][i].item(), table["position"][i].item()
         one = tokens[passage, None]
@@ -1165,7 +1430,7 @@ def test_erasing_is_a_full_forward_pass_with_the_edit(kind):
         edited = model(one, edits=[Edit(1, 0, t, -A.keys[0, 0], A.values[0, 0])])[0].log_softmax(-1)
         change = (edited - model(one)[0].log_softmax(-1))[0, t:t + 11, table["promoted"][i]].mean()
         torch.testing.assert_close(table["atom"][i], change, atol=2e-5, rtol=1e-3)
-    atoms, promoted = writesae.promoted_tokens(model, sae, one, 1, 0, [t], 0.0, 1)
+    atoms, promoted = writesae.promoted_tokens(model, sae, one, file[:1], 1, 0, [t], 0.0, 1)
     gated = rungs_of(p, A, torch.arange(61)[None])["gated"].mean(1)
     assert (atoms.tolist(), promoted.tolist()) == (index.tolist(), gated.argmax(-1).tolist())
 
@@ -1175,8 +1440,8 @@ def test_erasing_is_a_full_forward_pass_with_the_edit(kind):
 def test_a_random_direction_under_the_erasing_protocol_is_centred_on_zero(kind, seed):
     """No edit had a say in the token: half of the changes are falls."""
     model, sae, tokens = erasing_case(kind, seed, P=30)
-    choosing = torch.arange(30) < 10
-    x = writesae.erasure(model, sae, tokens, 1, 0, range(4, 12), choosing, rng(seed), 0.0)["random"]
+    file = torch.arange(30) // 10
+    x = writesae.erasure(model, sae, tokens, 1, 0, range(4, 12), file, rng(seed), 0.0)["random"]
     low, high = writesae.wilson(int((x < 0).sum()), len(x), z=4)
     assert len(x) > 30 and low < 0.5 < high, f"{(x < 0).float().mean():.3f} of {len(x)} fall"
     assert x.median().abs() < 0.25 * x.abs().mean()
@@ -1222,7 +1487,7 @@ def test_steer_quick_end_to_end(tmp_path):
 
 
 def test_erase_quick_end_to_end(tmp_path):
-    r, = quick(tmp_path, "erase", "--model", "rwkv7", "--passages", "160")
+    r, = quick(tmp_path, "erase", "--model", "rwkv7", "--passages", "400")
     assert r["n_firings"] == sum(a["n_firings"] for a in r["atoms"]) > 0
     assert {"firing_median", "firing_falls", "random_median", "random_falls", "other_atom_median",
             "effect_ci95"} <= set(r)
@@ -1296,125 +1561,6 @@ def test_a_passage_with_its_atoms_in_place_by_hand():
 # --------------------------------------------------------------------------------------------------
 # Wrong inputs: one line, status 2, nothing written
 # --------------------------------------------------------------------------------------------------
-def broken(folder, kind: str):
-    """A tiny Mamba-2 checkpoint in folder, then spoiled."""
-    from safetensors.torch import load_file, save_file
-    models.save(tiny_model("mamba2"), tiny_config("mamba2"), str(folder))
-    path, config = folder / "model.safetensors", folder / "config.json"
-    tensors = load_file(path)
-    name = "backbone.layers.1.mixer.A_log"
-    if kind == "missing":
-        del tensors[name]
-    elif kind == "unexpected":
-        tensors["backbone.layers.1.mixer.extra"] = torch.zeros(2)
-    elif kind == "shape":
-        tensors[name] = torch.zeros(3)
-    elif kind == "quantised":
-        tensors[name] = torch.zeros(8, dtype=torch.int8)
-    elif kind == "NaN":
-        tensors[name][0] = math.nan
-    save_file(tensors, path)
-    whole, settings = path.read_bytes(), json.loads(config.read_text())
-    contents = {"truncated": whole[:1000], "empty": b"", "a web page": b"<!DOCTYPE html><html>",
-                "LFS": b"version https://git-lfs.github.com/spec/v1\n", "a hidden pickle": b"\x80\x04\x95" + whole}
-    if kind in contents:
-        path.write_bytes(contents[kind])
-    elif kind == "pickle":
-        path.rename(folder / "pytorch_model.bin")
-    elif kind == "outside":
-        index = {"weight_map": {name: "../model.safetensors"}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    changes = {"model_type": dict(model_type="llama"), "Mamba-1": dict(model_type="mamba"),
-               "a size that is text": dict(num_heads="eight"), "a size of zero": dict(n_groups=0),
-               "an absurd size": dict(num_hidden_layers=10 ** 9), "sizes that do not divide": dict(n_groups=3)}
-    config.write_text("{" if kind == "config" else json.dumps(settings | changes.get(kind, {})))
-
-
-@pytest.mark.parametrize("kind, message", [
-    ("missing", "A_log is missing"), ("unexpected", "mixer.extra"), ("shape", r"A_log is \[3\]"),
-    ("quantised", "holds I8"), ("NaN", "A_log holds NaN"), ("truncated", "cannot be read"),
-    ("empty", "cannot be read"), ("a web page", "web page"), ("LFS", "git-LFS pointer"),
-    ("a hidden pickle", "is a pickle"), ("pickle", "is a pickle"), ("outside", "outside the folder"),
-    ("config", "no JSON"), ("model_type", "llama"), ("Mamba-1", "this is Mamba-1"),
-    ("a size that is text", "num_heads is 'eight'"), ("a size of zero", "n_groups is 0"),
-    ("an absurd size", "num_hidden_layers is 1000000000"), ("sizes that do not divide", "must divide")])
-def test_a_spoiled_checkpoint_is_refused_by_name(tmp_path, kind, message):
-    broken(tmp_path, kind)
-    with pytest.raises(InputError, match=message) as error:
-        load(str(tmp_path))
-    assert "\n" not in str(error.value) and len(str(error.value)) < 400
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """Whole tiny checkpoints of the three models with a tokenizer, and their logits."""
-    from tokenizers import Tokenizer, models as kinds
-    made = {}
-    for kind in ARCHITECTURES:
-        folder = tmp_path_factory.mktemp(kind)
-        config = tiny_config(kind, num_hidden_layers=2)
-        models.save(shake(models.build(config), 5), config, str(folder))
-        Tokenizer(kinds.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
-        model = load(str(folder))
-        assert models.load_tokenizer(model).encode("a") == [0]
-        made[kind] = folder, model(random_tokens(0, T=5))[0]
-    return made
-
-
-DAMAGES = ("cut", "flip a bit", "extend", "empty", "web page", "random bytes", "a key away", "a wrong value")
-
-
-@settings(max_examples=int(os.environ.get("DAMAGED", 150)))
-@given(st.sampled_from(ARCHITECTURES), st.sampled_from(["config.json", "model.safetensors", "tokenizer.json"]),
-       st.sampled_from(DAMAGES), st.integers(0, 10 ** 6), st.sampled_from(
-           [None, "x", [], {}, -1, 0, 1.5, 1e308, True, 10 ** 30, [1, 2], {"a": 1}]))
-def test_a_damaged_file_is_refused_in_one_line_or_does_no_harm(sound, kind, file, damage, where, value):
-    folder, logits = sound[kind]
-    path = folder / file
-    whole = path.read_bytes()
-    at, noise = where % len(whole), random_tokens(where, B=1, T=100, vocab=256)[0].tolist()
-    data = {"cut": whole[:at], "empty": b"", "extend": whole + bytes(noise), "web page": b"<html>not here",
-            "random bytes": bytes(noise)}.get(damage, whole)
-    if damage == "flip a bit":
-        data = whole[:at] + bytes([whole[at] ^ 1 << where % 8]) + whole[at + 1:]
-    elif damage in ("a key away", "a wrong value") and file.endswith(".json"):
-        content = json.loads(whole)
-        key = sorted(content)[where % len(content)]
-        content[key] = value
-        if damage == "a key away":
-            del content[key]
-        data = json.dumps(content).encode()
-    try:
-        path.write_bytes(data)
-        model = load(str(folder))
-        models.load_tokenizer(model).encode("a b")
-        ours = model(random_tokens(0, T=5))[0]
-        if file == "tokenizer.json" or data == whole:
-            torch.testing.assert_close(ours, logits)
-    except InputError as error:
-        assert "\n" not in str(error) and len(str(error)) < 500
-    finally:
-        path.write_bytes(whole)
-
-
-@pytest.mark.parametrize("content, message", [
-    ("{}", "no tokenizer"), ("<html>", "no JSON"), ("[1]", "no JSON object"), ("", "no JSON")])
-def test_a_tokenizer_that_is_none_is_refused(sound, tmp_path, content, message):
-    shutil.copytree(sound["mamba2"][0], tmp_path / "m")
-    (tmp_path / "m" / "tokenizer.json").write_text(content)
-    with pytest.raises(InputError, match=message):
-        models.load_tokenizer(load(str(tmp_path / "m")))
-
-
-def test_a_tokenizer_of_another_model_is_refused(sound, tmp_path):
-    from tokenizers import Tokenizer, models as kinds
-    shutil.copytree(sound["mamba2"][0], tmp_path / "m")
-    words = {f"w{i}": i for i in range(62)}
-    Tokenizer(kinds.WordLevel(words, unk_token="w0")).save(str(tmp_path / "m" / "tokenizer.json"))
-    with pytest.raises(InputError, match="ids up to 61, the embedding has 61 rows"):
-        models.load_tokenizer(load(str(tmp_path / "m")))
-
-
 @given(st.sampled_from(["cut", "flip", "cfg"]), st.integers(0, 10 ** 6), st.sampled_from(
     ["n_atoms", "K", "active", "encoder", "decoder", "sparsity"]), st.sampled_from(
         [None, "x", [], -1, 0, 1.5, 10 ** 12, 7, {"a": 1}]))
@@ -1462,9 +1608,9 @@ GDN = ["--model", "gdn"]
     (["formula", "--atom", "3"], "unrecognized arguments"),
     (["formula", *GDN, "--cosine-min", "1.1", "--quick"], "no atom fires"),
     (["steer", *GDN, "--prompt", "def f", "--target", "not one token"], "3 tokens.*'not', ' one'"),
-    (["steer", *GDN, "--prompt", "", "--target", "x"], "give a text as --prompt"),
+    (["steer", *GDN, "--prompt", "", "--target", "x"], "give a --prompt and one token"),
     (["steer", *GDN, "--prompt", "x", "--target", "x"], "1 tokens; its last 3 are edited"),
-    (["steer", *GDN, "--prompt", "def f(x): return"], "one token as --target"),
+    (["steer", *GDN, "--prompt", "def f(x): return"], "give a --prompt and one token"),
     (["steer", "--magnitude", "nan"], "finite"),
     (["steer", "--magnitude", "-1"], "finite numbers from 0"),
     (["steer", *GDN, "--head", "all"], "one cell"),
@@ -1657,18 +1803,6 @@ def test_training_comes_first_where_there_is_no_sae(tmp_path, capsys):
     assert run.main(["replace", "--model", str(tmp_path / "m"), "--quick", "--source", "state"]) == 0
     assert "training one first" in capsys.readouterr().err
     assert not list((tmp_path / "m").glob("sae*"))                                  # --quick keeps nothing
-
-
-def test_world_tokenizer_takes_the_longest_match(tmp_path):
-    entries = [b"a", b"b", b"ab", "é".encode(), b"\xc3", b"\xa9", b" "]
-    lines = [f"{i + 1} {e.decode()!r} {len(e)}\n" if e.isascii() or len(e) > 1 else f"{i + 1} {e!r} {len(e)}\n"
-             for i, e in enumerate(entries)]
-    (tmp_path / "v.txt").write_text("".join(lines), encoding="utf-8")
-    tokenizer, most = models.world_tokenizer(str(tmp_path / "v.txt"))
-    assert tokenizer.encode("abba é") == [3, 2, 1, 7, 4] and most == 7
-    assert tokenizer.decode([3, 2, 1, 7, 4]) == "abba é"
-    with pytest.raises(InputError, match="no entry for the byte"):
-        tokenizer.encode("c")
 
 
 def test_a_table_aligns_and_shows_what_is_missing(capsys):

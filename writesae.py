@@ -887,7 +887,7 @@ def untrained_figures(table: Table, cosine_min: float, generator: torch.Generato
 RUNGS = {"three factors": 0, "three factors, fitted": 0, "exact transition": 0, "gated": 0,
          "gated and scaled": 0, "direct path": 0, "full Jacobian": 1, "mean of two Jacobians": 2,
          "exact head, mean of two": 2}
-RANKS = (1, 2, 3, 4, 5, 10, 50)      # of the tokens whose logits are predicted, at the write's step
+RANKS = (1, 2, 3, 4, 5, 10, 50)  # of the tokens whose logits are predicted, at the write's step
 
 
 def all_heads(block: nn.Module, stream: Stream, cache: dict):
@@ -902,7 +902,7 @@ def moved_reads(change: Factored, s: StepInputs) -> Tensor:
     u_{t-1} from key_r on (models.propagate). change [N, r, ·], s [N, T, 1, ·] -> [N, T, V]"""
     delta_o = 0
     for r in range(change.keys.shape[1]):
-        gain, _ = propagate(change.keys[:, r, None], s)                       # [N, T, 1]
+        gain, _ = propagate(change.keys[:, r, None], s)  # [N, T, 1]
         delta_o = delta_o + gain * change.values[:, r, None]
     return delta_o
 
@@ -923,7 +923,7 @@ def at_token(x: Tensor, token: Tensor) -> Tensor:
 
 def slope(f, at: Tensor) -> Tensor:
     """df/dε of a function of a number at ε = at, by forward-mode differentiation."""
-    with sdpa_kernel(SDPBackend.MATH):                  # the attention that can do it
+    with sdpa_kernel(SDPBackend.MATH):  # the attention that can do it
         _, derivative = torch.func.jvp(f, (at,), (torch.ones_like(at),))
     return derivative
 
@@ -953,34 +953,34 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     model, block, cache = p.model, p.model.layers[p.layer], p.cache.layers[p.layer]
     o, s, rest = all_heads(block, p.stream, cache)
     last, _ = model.run(p.stream, p.cache, first=p.layer)
-    gate, scale = (x[:, :, p.head] for x in block.mixer.gate_and_scale(o, s, rest))    # [P, 11, ·]
-    W_O = model.out_map(p.layer)[:, p.head]                                                # [D, V]
-    W_U = at_least_fp32(model.unembedding[targets])                                     # [P, n, D]
+    gate, scale = (x[:, :, p.head] for x in block.mixer.gate_and_scale(o, s, rest))  # [P, 11, ·]
+    W_O = model.out_map(p.layer)[:, p.head]  # [D, V]
+    W_U = at_least_fp32(model.unembedding[targets])  # [P, n, D]
     to_stream, to_logits = W_O.T, W_U.mT
-    delta_o = moved_reads(change, p.s)                                                 # [P, 11, V]
+    delta_o = moved_reads(change, p.s)  # [P, 11, V]
     gates_alone = moved_reads(change, p.s._replace(erase_in=None, erase_out=None))
-    rungs = {"three factors": gates_alone @ to_stream @ to_logits,                     # [P, 11, n]
+    rungs = {"three factors": gates_alone @ to_stream @ to_logits,  # [P, 11, n]
              "exact transition": delta_o @ to_stream @ to_logits,
              "gated": gate * delta_o @ to_stream @ to_logits}
-    scaled = norm_slope(model.norm, last.x) * (gate * scale * delta_o @ to_stream)     # [P, 11, D]
+    scaled = norm_slope(model.norm, at_least_fp32(last.x)) * (gate * scale * delta_o @ to_stream)  # [P, 11, D]
     rungs["gated and scaled"] = scaled @ to_logits
 
     other_heads = (0, 0, p.head, s.q.shape[2] - p.head - 1)
-    delta_o = F.pad(delta_o[:, :, None], other_heads)                               # [P, 11, H, V]
+    delta_o = F.pad(delta_o[:, :, None], other_heads)  # [P, 11, H, V]
     y, y_edited = (block.mixer.output(x, s, rest) for x in (o, o + delta_o))
     zero, one = delta_o.new_zeros(()), delta_o.new_ones(())
 
-    def pick(logits: Tensor) -> Tensor:                             # [P, 11, vocab] -> [P, 11, n]
+    def pick(logits: Tensor) -> Tensor:  # [P, 11, vocab] -> [P, 11, n]
         return at_least_fp32(logits).gather(-1, targets[:, None].expand(-1, HORIZONS, -1))
 
-    def direct(eps: Tensor) -> Tensor:                         # as if no layer came after this one
+    def direct(eps: Tensor) -> Tensor:  # as if no layer came after this one
         moved = block.mixer.output(o + eps * delta_o, s, rest) - y
         return pick(model.unembed(last._replace(x=last.x + moved)))
 
-    def full(eps: Tensor) -> Tensor:                                                    # the model
+    def full(eps: Tensor) -> Tensor:  # the model
         return pick(p.logits(change.times(eps)))
 
-    def exact_head(eps: Tensor) -> Tensor:                                  # the model from y on
+    def exact_head(eps: Tensor) -> Tensor:  # the model from y on
         between = p.stream._replace(x=p.stream.x + y + eps * (y_edited - y))
         after, _ = model.run(block.feed(between, cache)[0], p.cache, first=p.layer + 1)
         return pick(model.unembed(after))
@@ -1022,7 +1022,7 @@ def ladder(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head
         size = inner(A, A).sqrt()
         edits = dict(swap=A.minus(X), delete=X.times(-torch.ones_like(size)),
                      small=A.times(eps / size))
-        ranked = p.logp[:, 0].topk(max(RANKS)).indices                          # [n, 50]
+        ranked = p.logp[:, 0].topk(max(RANKS)).indices  # [n, 50]
         targets = ranked[:, torch.tensor(RANKS) - 1]
         part = dict(passage=p.passage, position=torch.full_like(row, p.t), index=index[row])
         for name, change in edits.items():
@@ -1065,11 +1065,11 @@ def ladder_figures(table: Table) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 # 7. Steering: edits of the memory after which a token appears
 # --------------------------------------------------------------------------------------------------
-EDITED = 3                                # positions edited: the prompt's last three
-NEW = 20                                  # tokens decoded after them
+EDITED = 3  # positions edited: the prompt's last three
+NEW = 20  # tokens decoded after them
 KEY_SIDES = ("write", "read")
 VALUE_SIDES = ("formula", "gated", "gradient", "ascent", "memory")
-STRATA = {"in prompt": True, "absent": False}      # of targets: do they stand in the prompt?
+STRATA = {"in prompt": True, "absent": False}  # of targets: do they stand in the prompt?
 
 
 class Prompts(NamedTuple):
@@ -1154,9 +1154,9 @@ def read_key(s: StepInputs) -> Tensor:
     unit keys gives the b_t. s [N, T, C, ·] -> [N, C, K].
     """
     N, _, C, K = s.q.shape
-    each = torch.arange(C, device=s.q.device).repeat_interleave(K)         # every head K times,
-    unit = torch.eye(K).to(s.q).repeat(C, 1).expand(N, -1, -1)             # with one unit key each
-    gain, _ = propagate(unit, s.heads(each))                                         # [N, T, C·K]
+    each = torch.arange(C, device=s.q.device).repeat_interleave(K)  # every head K times,
+    unit = torch.eye(K).to(s.q).repeat(C, 1).expand(N, -1, -1)  # with one unit key each
+    gain, _ = propagate(unit, s.heads(each))  # [N, T, C·K]
     b = gain.unflatten(-1, (C, K))
     key = torch.linalg.eigh(torch.einsum("ntck,ntcl->nckl", b, b)).eigenvectors[..., -1]
     total = (key * b.sum(1)).sum(-1, keepdim=True)
@@ -1171,7 +1171,7 @@ def edit_keys(s: StepInputs, side: str) -> Tensor:
     if side == "read":
         n = s.q.shape[1]
         unit = torch.stack([read_key(s.times(t)) for t in range(n)], 1)
-    size = s.k.norm(dim=-1) * s.v.norm(dim=-1)                                  # [N, n, C]
+    size = s.k.norm(dim=-1) * s.v.norm(dim=-1)  # [N, n, C]
     return unit * size.unsqueeze(-1)
 
 
@@ -1195,16 +1195,16 @@ def score(prompts: Prompts, keys: Tensor, values: Tensor, targets: Tensor, what:
               probable at a step that is never reached.)
     """
     said = prompts.said if what == "memory" else prompts.said[:, :1]
-    logits, _ = prompts.read(keys, values, said[:, :-1])                        # [N, m, vocab]
-    target = targets[:, None].expand_as(said)                                   # m = 20 or 1
+    logits, _ = prompts.read(keys, values, said[:, :-1])  # [N, m, vocab]
+    target = targets[:, None].expand_as(said)  # m = 20 or 1
     if what == "logit":
         return at_token(logits, target)[:, 0]
     log_p = logits.log_softmax(-1)
     of_target = at_token(log_p, target)
     if what == "log_p":
         return of_target[:, 0]
-    of_said = at_token(log_p, said)[:, 1:]                                      # steps 2 to 20
-    on_the_way = of_said.cumsum(1) - of_said                                    # tokens 2 to i − 1
+    of_said = at_token(log_p, said)[:, 1:]  # steps 2 to 20
+    on_the_way = of_said.cumsum(1) - of_said  # tokens 2 to i − 1
     return (on_the_way + of_target[:, 1:]).logsumexp(1)
 
 
@@ -1225,10 +1225,10 @@ def formula_slopes(prompts: Prompts, keys: Tensor, targets: Tensor, gated: bool)
         s = s._replace(erase_in=None, erase_out=None)
     gains = []
     for t in range(keys.shape[1]):
-        gain, _ = propagate(keys[:, t], s.times(t))                             # [N, n − t, C]
+        gain, _ = propagate(keys[:, t], s.times(t))  # [N, n − t, C]
         gains.append(gain[:, -1])
     W_O = torch.stack([model.out_map(layer)[:, head] for layer, head in prompts.cells])
-    W_U = at_least_fp32(model.unembedding[targets])                             # [N, D]
+    W_U = at_least_fp32(model.unembedding[targets])  # [N, D]
     seen = torch.einsum("nd,cdv->ncv", W_U, W_O)
     if gated:
         seen = prompts.gate * seen
@@ -1310,7 +1310,7 @@ def steer(model: LanguageModel, tokens: Tensor, pairs: Table, cells, key: str = 
             logits, after = prompts.read(keys, values, prompts.said[:, :0])
         said, _ = model.generate(logits[:, -1], after, NEW)
         kept, later = forced(model, prompts.said[:, 0], after)
-        log_p = torch.cat([logits, later], 1).log_softmax(-1)                   # [n, 20, vocab]
+        log_p = torch.cat([logits, later], 1).log_softmax(-1)  # [n, 20, vocab]
         without, _ = forced(model, target, prompts.after)
         parts.append(part | dict(
             said=said, kept=kept, size=state_change(after, prompts.after),
@@ -1356,25 +1356,36 @@ def steering_figures(edited: Table, native: Table, random: Table) -> dict:
 # --------------------------------------------------------------------------------------------------
 # 8. Erasing: an atom taken out where it fires
 # --------------------------------------------------------------------------------------------------
+def every_second(file: Tensor) -> Tensor:
+    """True for passages of every second file: there we choose, on the others we test. [P] -> [P]"""
+    files = file.unique()
+    if len(files) < 2:
+        raise InputError("the text is one file; what is chosen on some files is tested on others, "
+                         "so give a folder of them")
+    return torch.isin(file, files[::2])
+
+
 @torch.inference_mode()
-def promoted_tokens(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int,
-                    positions, cosine_min: float, n_atoms: int, progress=iter):
-    """The atoms that fire most in these passages, and the token that each promotes by the formula
-    alone, [n_atoms] each. No edit has a say in it: it is the ladder's rung "gated" for a A,
+def promoted_tokens(model: LanguageModel, sae: WriteSAE, tokens: Tensor, file: Tensor, layer: int,
+                    head: int, positions, cosine_min: float, n_atoms: int, progress=iter):
+    """The atoms that fire in most files of these passages, and the token that each promotes by
+    the formula alone, [n_atoms] each. No edit has a say in it: by the ladder's rung "gated" for a A
 
         argmax_token ⟨W_U[token], W_O (gate_t · δo_t)⟩, on the mean over firings and eleven steps
     """
-    block, W_O = model.layers[layer], model.out_map(layer)[:, head]                        # [D, V]
-    uses, vector = W_O.new_zeros(sae.n_atoms), W_O.new_zeros(sae.n_atoms, W_O.shape[1])
+    block, W_O = model.layers[layer], model.out_map(layer)[:, head]  # [D, V]
+    seen = W_O.new_zeros(int(file.max()) + 1, sae.n_atoms)  # in which files does an atom fire?
+    total = W_O.new_zeros(sae.n_atoms, W_O.shape[1])
     for p in points(model, tokens, layer, head, positions, progress=progress):
         index, A, row = firings(p, sae, cosine_min)
         reads = all_heads(block, p.stream, p.cache.layers[layer])
         gate, _ = block.mixer.gate_and_scale(*reads)
-        moved = (gate[:, :, head] * moved_reads(A, p.s)).mean(1)                           # [P, V]
-        uses += torch.bincount(index[row], minlength=sae.n_atoms)
-        vector.index_add_(0, index[row], moved[row])
+        moved = (gate[:, :, head] * moved_reads(A, p.s)).mean(1)  # [P, V]
+        seen[file.to(row)[p.passage[row]], index[row]] = 1
+        total.index_add_(0, index[row], moved[row])
+    uses = seen.sum(0)
     atoms = uses.topk(min(n_atoms, int((uses > 0).sum()))).indices
-    promoted = vector[atoms] @ W_O.T @ at_least_fp32(model.unembedding).T         # [n_atoms, vocab]
+    promoted = total[atoms] @ W_O.T @ at_least_fp32(model.unembedding).T  # [n_atoms, vocab]
     return atoms, promoted.argmax(-1)
 
 
@@ -1385,25 +1396,27 @@ def as_large_as(Y: Factored, X: Factored) -> Factored:
 
 @torch.inference_mode()
 def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions,
-            choosing: Tensor, generator: torch.Generator, cosine_min: float, n_atoms: int = 20,
+            file: Tensor, generator: torch.Generator, cosine_min: float, n_atoms: int = 20,
             progress=iter) -> Table:
     """Does an atom promote a token? Take it out where it fires, and see whether that token falls.
 
-    Atoms and tokens are chosen in some passages (`promoted_tokens`). In the others, at each firing
-    of these atoms, a matrix of the norm ‖a A‖ is taken out of the state:
+    Atoms and tokens are chosen in every second file (`promoted_tokens`). In the others, at each
+    firing of these atoms, a matrix of the norm ‖a A‖ is taken out of the state:
         atom         a A itself
         random       a random direction: what any matrix of this size does
         other        another atom of the dictionary
         elsewhere    a A at the same position of another passage, where the atom does not fire
     Since no edit had a say in the token, `random` is centred on zero.
 
-    tokens [P, T]; choosing [P], true or false. Returns a row per firing: passage, position, index
-    (the atom), promoted (the token), and for each of the four the change of the token's log p in
-    nats, the mean over the write's step and the ten after it. Raises InputError for no firings.
+    tokens [P, T], file [P] the file each is from. Returns a row per firing: passage, file,
+    position, index (the atom), promoted (the token), and for each of the four the change of the
+    token's log p in nats, the mean over the write's step and the ten after it. Raises InputError
+    for a text of one file, and for no firings.
     """
+    choosing = every_second(file)
     chosen_in, tested = choosing.nonzero()[:, 0], (~choosing).nonzero()[:, 0]
-    atoms, promoted = promoted_tokens(model, sae, tokens[chosen_in], layer, head, positions,
-                                      cosine_min, n_atoms, progress)
+    atoms, promoted = promoted_tokens(model, sae, tokens[chosen_in], file[chosen_in], layer, head,
+                                      positions, cosine_min, n_atoms, progress)
     parts = []
     for p in points(model, tokens[tested], layer, head, positions, progress=progress):
         dominant, all_A, row = firings(p, sae, cosine_min)
@@ -1411,14 +1424,14 @@ def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, hea
         if len(row) == 0:
             continue
         index, A = dominant[row], all_A.rows(row)
-        token = promoted[(index[:, None] == atoms).int().argmax(1)]                          # [n]
+        token = promoted[(index[:, None] == atoms).int().argmax(1)]  # [n]
         shift = torch.randint(1, max(2, sae.n_atoms), row.shape, generator=generator)
         other = (index + shift.to(index)) % sae.n_atoms
         B = sae.decode(other[:, None], torch.ones_like(A.values[:, 0, :1]))
         R = random_direction(p.write().rows(row), generator)
-        silent = dominant != index[:, None]                                     # [n, P]
+        silent = dominant != index[:, None]  # [n, P]
         lots = torch.rand(silent.shape, generator=generator).to(silent.device)
-        away = (lots * silent).argmax(1)                              # one of the silent ones each
+        away = (lots * silent).argmax(1)  # one of the silent ones each
         part = dict(passage=p.passage[row], position=torch.full_like(row, p.t), index=index,
                     promoted=token)
         out = dict(atom=A, random=as_large_as(A, R), other=as_large_as(A, B), elsewhere=A)
@@ -1426,21 +1439,22 @@ def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, hea
             where = away if name == "elsewhere" else row
             change = p.branch(X._replace(values=-X.values), where) - p.logp[where]
             part[name] = at_token(change, token[:, None].expand(-1, HORIZONS)).mean(1)
-        part["elsewhere"][~silent.any(1)] = math.nan                   # the atom fires everywhere
+        part["elsewhere"][~silent.any(1)] = math.nan  # the atom fires everywhere
         parts.append(part)
     if not parts:
         raise InputError("no atom fires in both halves of the files: take more --passages or a "
                          "lower --cosine-min")
     table = stack(parts)
-    return table | dict(passage=tested.cpu()[table["passage"]])
+    passage = tested[table["passage"]]
+    return table | dict(passage=passage, file=file[passage])
 
 
 def erasure_figures(table: Table, generator: torch.Generator) -> dict:
     """Figures of N firings, in nats (negative: the token falls). effect: the mean of atom minus
-    random, paired; its interval draws whole files again (column "file")."""
+    random, paired; its interval draws whole files again."""
     figures = dict(n_firings=len(table["atom"]), n_files=len(table["file"].unique()))
-    for name, column in dict(firing="atom", random="random", other_atom="other",
-                             elsewhere="elsewhere").items():
+    columns = dict(firing="atom", random="random", other_atom="other", elsewhere="elsewhere")
+    for name, column in columns.items():
         x = table[column].double()
         x = x[x.isfinite()]
         figures |= {name + "_median": x.median().item(), name + "_mean": x.mean().item(),
