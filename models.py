@@ -4,18 +4,20 @@
 
 Each head of these models keeps a matrix, its *state* S, and updates it once per token:
 
-    S_t = A_t S_{t-1} + k_t v_tᵀ     A_t = diag(decay_t) − erase_out_t erase_in_tᵀ     o_t = S_tᵀ q_t
+    S_t = A_t S_{t-1} + k_t v_tᵀ     A_t = diag(decay_t) − erase_out_t erase_in_tᵀ     o_t = S_tᵀ
+                                     q_t
 
 S is a memory. A token *writes* its value v under its key k, and *reads* what is stored under its
 query q. A memory that is only written to fills up, so all of it *decays* a little with each token.
 And before a key is written anew, what is stored under it is looked up (erase_inᵀ S), and a part of
 that taken out (along erase_out): the *erase*, known as the delta rule.
 
-The state is key first everywhere: S is [K, V] (K = key size, V = value size). Only `load` knows other
-layouts. The models differ in how they make the six tensors from their input x. Gated DeltaNet has α
-(how much is kept) and β (how much is written anew), both between 0 and 1. Mamba-2 has a step size
-Δ > 0 and a decay rate A < 0; its key is called B, its query C. RWKV-7's query is called r, its decay
-w; it erases along a unit vector κ̂ at a rate a, between 0 and 1 per key channel; k_a is learned.
+The state is key first everywhere: S is [K, V] (K = key size, V = value size). Only `load` knows
+other layouts. The models differ in how they make the six tensors from their input x. Gated DeltaNet
+has α (how much is kept) and β (how much is written anew), both between 0 and 1. Mamba-2 has a step
+size Δ > 0 and a decay rate A < 0; its key is called B, its query C. RWKV-7's query is called r, its
+decay w; it erases along a unit vector κ̂ at a rate a, between 0 and 1 per key channel; k_a is
+learned.
 
     role     here        shape            Gated DeltaNet    Mamba-2          RWKV-7
     query    q           [B, T, H, K]     q/√K, unit norm   C                r
@@ -31,6 +33,7 @@ recurrence runs in fp32 whatever the dtype of the weights.
 References: Gated DeltaNet arXiv 2412.06464; Mamba-2 arXiv 2405.21060; RWKV-7 arXiv 2503.14456. The
 tests hold each model against the official code (transformers; rwkv) to 2e-4 in the logits.
 """
+
 from __future__ import annotations
 
 import ast
@@ -69,12 +72,13 @@ def at_least_fp32(x: Tensor) -> Tensor:
 # ---- 1. The recurrence -------------------------------------------
 class StepInputs(NamedTuple):
     """The six tensors that drive a recurrent layer (the table above). No erase: both are None."""
-    q: Tensor                         # [B, T, H, K]
-    k: Tensor                         # [B, T, H, K]
-    v: Tensor                         # [B, T, H, V]
-    log_decay: Tensor                 # [B, T, H, 1] one per head, or [B, T, H, K] per key channel
-    erase_in: Tensor | None = None    # [B, T, H, K] the direction whose content is looked up, and
-    erase_out: Tensor | None = None   # [B, T, H, K] the direction that it is subtracted from
+
+    q: Tensor  # [B, T, H, K]
+    k: Tensor  # [B, T, H, K]
+    v: Tensor  # [B, T, H, V]
+    log_decay: Tensor  # [B, T, H, 1] one per head, or [B, T, H, K] per key channel
+    erase_in: Tensor | None = None  # [B, T, H, K] the direction whose content is looked up, and
+    erase_out: Tensor | None = None  # [B, T, H, K] the direction that it is subtracted from
 
     def times(self, start: int, stop: int | None = None) -> StepInputs:
         """The tokens start ≤ t < stop."""
@@ -150,8 +154,8 @@ def propagate(key: Tensor, s: StepInputs) -> tuple[Tensor, Tensor]:
         u_t = key        u_s = A_s u_{s-1}        δo_s = (u_s · q_s) y
 
     That is the recurrence itself with a value size of 1, driven by the single write (key, 1) at its
-    first step. (The first step's own transition does no harm: it meets an empty state.) Replacement,
-    the logit formula, steering and erasing all stand on this function.
+    first step. (The first step's own transition does no harm: it meets an empty state.)
+    Replacement, the logit formula, steering and erasing all stand on this function.
 
     key [B, H, K], one edit per head; s: the six tensors of those heads, from the edited token on.
     Returns gain [B, T, H], the u_s · q_s, and the last u [B, H, K]. In the example of `recurrence`,
@@ -166,14 +170,15 @@ def propagate(key: Tensor, s: StepInputs) -> tuple[Tensor, Tensor]:
     ([1.0, 0.25], [0.25, 0.0])
     """
     later = s.q.shape[1] - 1
-    keys = F.pad(key[:, None], (0, 0, 0, 0, 0, later))                           # [B, T, H, K]
-    ones = F.pad(torch.ones_like(key[:, None, :, :1]), (0, 0, 0, 0, 0, later))   # [B, T, H, 1]
+    keys = F.pad(key[:, None], (0, 0, 0, 0, 0, later))  # [B, T, H, K]
+    ones = F.pad(torch.ones_like(key[:, None, :, :1]), (0, 0, 0, 0, 0, later))  # [B, T, H, 1]
     gain, u = recurrence(s._replace(k=keys, v=ones))
     return gain[..., 0], u[..., 0]
 
 
-def decayed_scores(x: Tensor, log_x: Tensor, ys: list[Tensor], log_y: Tensor,
-                   diagonal: int) -> list[Tensor]:
+def decayed_scores(
+    x: Tensor, log_x: Tensor, ys: list[Tensor], log_y: Tensor, diagonal: int
+) -> list[Tensor]:
     """How much of what y put down at token j is left when x looks for it at token i, for each y:
 
         M_ij = Σ_c x_ic exp(log_x_ic − log_y_jc) y_jc        for j ≤ i + diagonal, else 0
@@ -190,8 +195,9 @@ def decayed_scores(x: Tensor, log_x: Tensor, ys: list[Tensor], log_y: Tensor,
     return [(x @ (y * grow).mT).tril(diagonal) for y in ys]
 
 
-def recurrence_chunked(s: StepInputs, state: Tensor | None = None,
-                       chunk: int | None = None) -> tuple[Tensor, Tensor]:
+def recurrence_chunked(
+    s: StepInputs, state: Tensor | None = None, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
     """The same result as `recurrence`, by matrix products over chunks of C tokens.
 
     Let S be the state before a chunk, L the log decays summed from the chunk's start, and
@@ -204,41 +210,42 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None,
         (I + found_erased) w = found_writes v + e^{L_{t-1}} erase_in S
 
     where `found` are the scores of erase_in against the erase_outs and the keys of earlier tokens.
-    All else is a product. chunk: tokens per chunk, by default 32 with one decay per head, 16 with one
-    per channel. Arguments and results as for `recurrence`.
+    All else is a product. chunk: tokens per chunk, by default 32 with one decay per head, 16 with
+    one per channel. Arguments and results as for `recurrence`.
     """
     if s.q.shape[1] == 1:
-        return recurrence(s, state)      # one token is the definition
+        return recurrence(s, state)  # one token is the definition
     check_shapes(s, state)
     (B, T, H, K), V = s.q.shape, s.v.shape[-1]
     C = min(T, chunk or (32 if s.log_decay.shape[-1] == 1 else 16))
-    N = -(-T // C)                       # chunks; the last is padded with zeros, which change nothing
+    N = -(-T // C)  # chunks; the last is padded with zeros, which change nothing
 
-    def split(x: Tensor) -> Tensor:      # [B, T, H, ·] -> [N, B·H, C, ·]
+    def split(x: Tensor) -> Tensor:  # [B, T, H, ·] -> [N, B·H, C, ·]
         if N * C > T:
             x = F.pad(x, (0, 0, 0, 0, 0, N * C - T))
         return x.view(B, N, C, H, -1).permute(1, 0, 3, 2, 4).reshape(N, B * H, C, -1)
 
     q, k, v, log_decay = split(s.q), split(s.k), split(s.v), split(s.log_decay)
-    L = log_decay.cumsum(-2)                            # [N, B·H, C, 1|K] with each token
-    end = L[:, :, -1:]                                  # [N, B·H, 1, 1|K] over the chunk
-    q_start, k_end = q * L.exp(), k * (end - L).exp()   # as the first, the last state has them
+    L = log_decay.cumsum(-2)  # [N, B·H, C, 1|K] with each token
+    end = L[:, :, -1:]  # [N, B·H, 1, 1|K] over the chunk
+    q_start, k_end = q * L.exp(), k * (end - L).exp()  # as the first, the last state has them
     if s.erase_in is None:
-        read, = decayed_scores(q, L, [k], L, 0)         # [N, B·H, C, C] of write j by query i
+        (read,) = decayed_scores(q, L, [k], L, 0)  # [N, B·H, C, C] of write j by query i
     else:
         erase_in, erase_out, before = split(s.erase_in), split(s.erase_out), L - log_decay
         read, read_erased = decayed_scores(q, L, [k, erase_out], L, 0)
         found, found_erased = decayed_scores(erase_in, before, [k, erase_out], L, -1)
-        found = found @ v                               # [N, B·H, C, V]
+        found = found @ v  # [N, B·H, C, V]
         in_start, out_end = erase_in * before.exp(), erase_out * (end - L).exp()
     S = v.new_zeros(B * H, K, V) if state is None else state.reshape(B * H, K, V)
     decay, o, outputs, add = end.mT.exp(), read @ v, [], torch.baddbmm
-    for n in range(N):                                  # sequential; add(a, b, c) is a + b @ c
-        o_n = add(o[n], q_start[n], S)                  # [B·H, C, V]
-        S_n = add(decay[n] * S, k_end[n].mT, v[n])      # [B·H, K, V]
+    for n in range(N):  # sequential; add(a, b, c) is a + b @ c
+        o_n = add(o[n], q_start[n], S)  # [B·H, C, V]
+        S_n = add(decay[n] * S, k_end[n].mT, v[n])  # [B·H, K, V]
         if s.erase_in is not None:
-            w = torch.linalg.solve_triangular(found_erased[n], add(found[n], in_start[n], S),
-                                              upper=False, unitriangular=True)
+            w = torch.linalg.solve_triangular(
+                found_erased[n], add(found[n], in_start[n], S), upper=False, unitriangular=True
+            )
             o_n = add(o_n, read_erased[n], w, alpha=-1)
             S_n = add(S_n, out_end[n].mT, w, alpha=-1)
         outputs.append(o_n)
@@ -251,15 +258,17 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None,
 class Edit(NamedTuple):
     """Add key valueᵀ to a head's state right after the write of a token. Edit(..., -k, v) takes the
     native write out."""
+
     layer: int
     head: int
-    position: int    # from the first token ever fed (so with a cache: from the cache's start)
-    key: Tensor      # [K] or [B, K]
-    value: Tensor    # [V] or [B, V]
+    position: int  # from the first token ever fed (so with a cache: from the cache's start)
+    key: Tensor  # [K] or [B, K]
+    value: Tensor  # [V] or [B, V]
 
 
-def apply_edits(o: Tensor, state: Tensor, s: StepInputs, start: int,
-                edits: list[Edit]) -> tuple[Tensor, Tensor]:
+def apply_edits(
+    o: Tensor, state: Tensor, s: StepInputs, start: int, edits: list[Edit]
+) -> tuple[Tensor, Tensor]:
     """Add a layer's edits to its reads o [B, T, H, V], the first at position start, and to its last
     state [B, H, K, V]. Those of one position are followed at once. The sum of all changes comes
     first, so that an edit and its opposite cancel to the bit."""
@@ -268,11 +277,11 @@ def apply_edits(o: Tensor, state: Tensor, s: StepInputs, start: int,
     for position in sorted({e.position for e in edits}):
         here, t = [e for e in edits if e.position == position], position - start
         heads = torch.tensor([e.head for e in here], device=o.device)
-        key = torch.stack([e.key.expand(B, -1) for e in here], 1).to(o.dtype)        # [B, E, K]
-        value = torch.stack([e.value.expand(B, -1) for e in here], 1).to(o.dtype)    # [B, E, V]
-        gain, u = propagate(key, s.times(t).heads(heads))         # [B, T − t, E], [B, E, K]
-        moved = gain.unsqueeze(-1) * value.unsqueeze(1)           # [B, T − t, E, V]
-        moved = F.pad(moved, (0, 0, 0, 0, t, 0))                  # nothing before the edit
+        key = torch.stack([e.key.expand(B, -1) for e in here], 1).to(o.dtype)  # [B, E, K]
+        value = torch.stack([e.value.expand(B, -1) for e in here], 1).to(o.dtype)  # [B, E, V]
+        gain, u = propagate(key, s.times(t).heads(heads))  # [B, T − t, E], [B, E, K]
+        moved = gain.unsqueeze(-1) * value.unsqueeze(1)  # [B, T − t, E, V]
+        moved = F.pad(moved, (0, 0, 0, 0, t, 0))  # nothing before the edit
         delta_o = delta_o.index_add(2, heads, moved)
         delta_state = delta_state.index_add(1, heads, outer(u, value))
     return o + delta_o, state + delta_state
@@ -290,15 +299,16 @@ def causal_conv(x: Tensor, tail: Tensor | None, conv: nn.Conv1d) -> tuple[Tensor
     """silu of a causal depthwise convolution of width W: y_t = Σ_i weight_i x_{t−W+1+i} + bias.
 
     x [B, T, C]; tail [B, W−1, C], the inputs just before x; conv holds the weights. The last tap
-    meets the current token. Returns y and the new tail. (Faster than conv(x), which wants [B, C, T].)
+    meets the current token. Returns y and the new tail. (Faster than conv(x), which wants [B, C,
+    T].)
     """
-    T, taps = x.shape[1], conv.weight[:, 0].T.contiguous()    # [W, C]
+    T, taps = x.shape[1], conv.weight[:, 0].T.contiguous()  # [W, C]
     if tail is None:
         tail = x.new_zeros(len(x), len(taps) - 1, x.shape[2])
-    padded = torch.cat([tail, x], 1)                          # [B, W − 1 + T, C]
+    padded = torch.cat([tail, x], 1)  # [B, W − 1 + T, C]
     y = padded[:, :T] * taps[0]
     for i in range(1, len(taps)):
-        y.addcmul_(padded[:, i:i + T], taps[i])
+        y.addcmul_(padded[:, i : i + T], taps[i])
     if conv.bias is not None:
         y = y + conv.bias
     return F.silu(y), padded[:, T:]
@@ -334,13 +344,21 @@ class GatedDeltaNet(nn.Module):
     α = exp(−e^{A_log} softplus(W_a h + dt_bias)). Value head j has key head ⌊j / (H / key heads)⌋.
     """
 
-    def __init__(self, width: int, key_heads: int, value_heads: int, K: int, V: int,
-                 conv_width: int = 4, eps: float = 1e-6):
+    def __init__(
+        self,
+        width: int,
+        key_heads: int,
+        value_heads: int,
+        K: int,
+        V: int,
+        conv_width: int = 4,
+        eps: float = 1e-6,
+    ):
         super().__init__()
         self.key_heads, self.heads, self.K, self.V = key_heads, value_heads, K, V
         self.repeats = whole_ratio(value_heads, key_heads)
         linear = functools.partial(nn.Linear, width, bias=False)
-        C = 2 * key_heads * K + value_heads * V               # channels of q|k|v
+        C = 2 * key_heads * K + value_heads * V  # channels of q|k|v
         self.in_proj_qkv, self.in_proj_z = linear(C), linear(value_heads * V)
         self.in_proj_b, self.in_proj_a = linear(value_heads), linear(value_heads)
         self.conv1d = nn.Conv1d(C, C, conv_width, groups=C, bias=False)
@@ -360,11 +378,11 @@ class GatedDeltaNet(nn.Module):
         qkv, tail = causal_conv(self.in_proj_qkv(h), cache.get("tail"), self.conv1d)
         key_size = self.key_heads * self.K
         q, k, v = at_least_fp32(qkv).split([key_size, key_size, self.heads * self.V], -1)
-        q, k = self.unit_heads(q, self.K ** -0.5), self.unit_heads(k)
+        q, k = self.unit_heads(q, self.K**-0.5), self.unit_heads(k)
         v = v.unflatten(-1, (self.heads, self.V))
-        beta = at_least_fp32(self.in_proj_b(h)).sigmoid().unsqueeze(-1)             # [B, T, H, 1]
+        beta = at_least_fp32(self.in_proj_b(h)).sigmoid().unsqueeze(-1)  # [B, T, H, 1]
         step = F.softplus(at_least_fp32(self.in_proj_a(h)) + at_least_fp32(self.dt_bias))
-        log_alpha = (-at_least_fp32(self.A_log).exp() * step).unsqueeze(-1)         # [B, T, H, 1]
+        log_alpha = (-at_least_fp32(self.A_log).exp() * step).unsqueeze(-1)  # [B, T, H, 1]
         s = StepInputs(q, k, beta * v, log_alpha, k, log_alpha.exp() * beta * k)
         return s, self.in_proj_z(h), {"tail": tail}
 
@@ -386,13 +404,23 @@ class Mamba2(nn.Module):
     A = −e^{A_log}. Nothing is erased. Heads of a group share B and C.
     """
 
-    def __init__(self, width: int, heads: int, groups: int, K: int, V: int, conv_width: int = 4,
-                 eps: float = 1e-5, time_step_limit: tuple[float, float] = (0.0, math.inf),
-                 bias: bool = False, conv_bias: bool = True):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        groups: int,
+        K: int,
+        V: int,
+        conv_width: int = 4,
+        eps: float = 1e-5,
+        time_step_limit: tuple[float, float] = (0.0, math.inf),
+        bias: bool = False,
+        conv_bias: bool = True,
+    ):
         super().__init__()
         self.heads, self.groups, self.K, self.V = heads, groups, K, V
         self.repeats, self.time_step_limit = whole_ratio(heads, groups), time_step_limit
-        C = heads * V + 2 * groups * K                        # channels of x|B|C
+        C = heads * V + 2 * groups * K  # channels of x|B|C
         self.in_proj = nn.Linear(width, heads * V + C + heads, bias=bias)
         self.conv1d = nn.Conv1d(C, C, conv_width, groups=C, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.ones(heads))
@@ -413,8 +441,8 @@ class Mamba2(nn.Module):
         x, B, C = at_least_fp32(xBC).split([inner, group, group], -1)
         x = x.unflatten(-1, (self.heads, self.V))
         delta = F.softplus(at_least_fp32(dt) + at_least_fp32(self.dt_bias))
-        delta = delta.clamp(*self.time_step_limit).unsqueeze(-1)                    # [B, T, H, 1]
-        A = -at_least_fp32(self.A_log).exp().unsqueeze(-1)                          # [H, 1]
+        delta = delta.clamp(*self.time_step_limit).unsqueeze(-1)  # [B, T, H, 1]
+        A = -at_least_fp32(self.A_log).exp().unsqueeze(-1)  # [H, 1]
         s = StepInputs(self.per_head(C), self.per_head(B), delta * x, delta * A)
         return s, (at_least_fp32(self.D).unsqueeze(-1) * x, z), {"tail": tail}
 
@@ -423,8 +451,8 @@ class Mamba2(nn.Module):
         gate = silu(z) w, scale = 1/rms(u)."""
         Dx, z = rest
         silu = F.silu(at_least_fp32(z).view(o.shape))
-        u = ((o + Dx) * silu).unflatten(2, (self.groups, -1)).flatten(-2)    # [B, T, groups, ·]
-        scale = self.norm.scale(u).repeat_interleave(self.repeats, 2)        # [B, T, H, 1]
+        u = ((o + Dx) * silu).unflatten(2, (self.groups, -1)).flatten(-2)  # [B, T, groups, ·]
+        scale = self.norm.scale(u).repeat_interleave(self.repeats, 2)  # [B, T, H, 1]
         return silu * at_least_fp32(self.norm.weight).view(self.heads, self.V), scale
 
     def output(self, o: Tensor, s: StepInputs, rest: tuple) -> Tensor:
@@ -446,13 +474,14 @@ class RWKV7(nn.Module):
 
         S_t = (diag(w_t) − (a_t κ̂_t) κ̂_tᵀ) S_{t-1} + k_t v_tᵀ, read by r_t
 
-    m_c = h + (h_{t-1} − h) x_c for c in r, w, k, v, a, g, each through its own map, some of low rank
-    ("lora"): log w = −e^{−1/2} σ(lora(m_w)); a = σ(lora(m_a)); κ̂ = k · k_k to unit length per head;
-    then k ← k (1 + (a−1) k_a). From layer 1 on v moves towards layer 0's v, "v_first".
+    m_c = h + (h_{t-1} − h) x_c for c in r, w, k, v, a, g, each through its own map, some of low
+    rank ("lora"): log w = −e^{−1/2} σ(lora(m_w)); a = σ(lora(m_a)); κ̂ = k · k_k to unit length per
+    head; then k ← k (1 + (a−1) k_a). From layer 1 on v moves towards layer 0's v, "v_first".
     """
 
-    def __init__(self, width: int, heads: int, K: int, V: int, ranks: dict[str, int], first: bool,
-                 eps: float):
+    def __init__(
+        self, width: int, heads: int, K: int, V: int, ranks: dict[str, int], first: bool, eps: float
+    ):
         super().__init__()
         self.heads, self.K, self.V, self.eps = heads, K, V, eps
         linear = functools.partial(nn.Linear, bias=False)
@@ -471,20 +500,20 @@ class RWKV7(nn.Module):
         self.a_lora = low_rank("a", heads * K, nn.Identity())
         self.g_lora = low_rank("g", heads * V, nn.Sigmoid(), bias=False)
         self.v_lora = None if first else low_rank("v", heads * V, nn.Identity())
-        self.g_norm = nn.GroupNorm(heads, heads * V, eps)    # holds the weights of each head's norm
+        self.g_norm = nn.GroupNorm(heads, heads * V, eps)  # holds the weights of each head's norm
 
     def per_head(self, x: Tensor) -> Tensor:
         """[..., H · size] -> [..., H, size], at least fp32."""
         return at_least_fp32(x).unflatten(-1, (self.heads, -1))
 
     def inputs(self, h: Tensor, cache: dict, v_first: Tensor | None = None):
-        """h [B, T, D], v_first [B, T, H, V] (None in layer 0, which makes it) -> the six tensors, the
-        gate g, the new tail."""
+        """h [B, T, D], v_first [B, T, H, V] (None in layer 0, which makes it) -> the six tensors,
+        the gate g, the new tail."""
         shift, tail = token_shift(h, cache.get("tail"))
-        r = self.per_head(self.r_proj(h + shift * self.x_r))            # [B, T, H, K]
-        k = self.per_head(self.k_proj(h + shift * self.x_k))            # [B, T, H, K]
+        r = self.per_head(self.r_proj(h + shift * self.x_r))  # [B, T, H, K]
+        k = self.per_head(self.k_proj(h + shift * self.x_k))  # [B, T, H, K]
         m_v = h + shift * self.x_v
-        v = self.per_head(self.v_proj(m_v))                             # [B, T, H, V]
+        v = self.per_head(self.v_proj(m_v))  # [B, T, H, V]
         if self.v_lora is not None:
             v = v + (v_first - v) * self.per_head(self.v_lora(m_v)).sigmoid()
         log_w = -math.exp(-0.5) * self.per_head(self.w_lora(h + shift * self.x_w)).sigmoid()
@@ -510,27 +539,36 @@ class RWKV7(nn.Module):
 
 # ---- 4. The rest of a block: Qwen3.5's gated attention (every 4th layer), and the MLPs
 class GatedAttention(nn.Module):
-    """Qwen3.5's full attention: grouped keys, RMSNorm on q and k, rotary positions on a part of each
-    head, a sigmoid gate on the result. No state to edit; its cache grows with the text."""
+    """Qwen3.5's full attention: grouped keys, RMSNorm on q and k, rotary positions on a part of
+    each head, a sigmoid gate on the result. No state to edit; its cache grows with the text."""
 
-    def __init__(self, width: int, heads: int, key_heads: int, size: int, rotary: int, theta: float,
-                 eps: float = 1e-6):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        key_heads: int,
+        size: int,
+        rotary: int,
+        theta: float,
+        eps: float = 1e-6,
+    ):
         super().__init__()
         self.heads, self.key_heads, self.size = heads, key_heads, size
         self.rotary, self.theta = rotary, theta
-        whole_ratio(heads, key_heads)    # or they cannot share keys
+        whole_ratio(heads, key_heads)  # or they cannot share keys
         linear = functools.partial(nn.Linear, bias=False)
-        self.q_proj = linear(width, 2 * heads * size)        # per head: [query | gate]
+        self.q_proj = linear(width, 2 * heads * size)  # per head: [query | gate]
         self.k_proj, self.v_proj = linear(width, key_heads * size), linear(width, key_heads * size)
         self.o_proj = linear(heads * size, width)
         self.q_norm, self.k_norm = RMSNorm(size, eps, offset=1.0), RMSNorm(size, eps, offset=1.0)
 
     def rotate(self, x: Tensor, start: int) -> Tensor:
-        """Rotary positions on x [B, heads, T, size]: channel i < rotary/2 turns with i + rotary/2."""
-        half = self.rotary // 2     # simplification: positions of text alone, no image's rows
+        """Rotary positions on x [B, heads, T, size]: channel i < rotary/2 turns with i +
+        rotary/2."""
+        half = self.rotary // 2  # simplification: positions of text alone, no image's rows
         channel = torch.arange(half, device=x.device, dtype=torch.float32)
         position = torch.arange(start, start + x.shape[2], device=x.device)
-        angle = position[:, None] * self.theta ** (-channel / half)              # [T, half]
+        angle = position[:, None] * self.theta ** (-channel / half)  # [T, half]
         a, b, rest = at_least_fp32(x).split([half, half, self.size - 2 * half], -1)
         cos, sin = angle.cos(), angle.sin()
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1).to(x.dtype)
@@ -541,14 +579,14 @@ class GatedAttention(nn.Module):
         k = self.k_proj(h).unflatten(-1, (self.key_heads, self.size)).transpose(1, 2)
         v = self.v_proj(h).unflatten(-1, (self.key_heads, self.size)).transpose(1, 2)
         start = cache["keys"].shape[2] if cache else 0
-        q = self.rotate(self.q_norm(q.transpose(1, 2)), start)                   # [B, heads, T, size]
+        q = self.rotate(self.q_norm(q.transpose(1, 2)), start)  # [B, heads, T, size]
         k = self.rotate(self.k_norm(k), start)
         mask = None
-        if cache:                                                 # token t sees s ≤ start + t
+        if cache:  # token t sees s ≤ start + t
             k, v = torch.cat([cache["keys"], k], 2), torch.cat([cache["values"], v], 2)
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=h.device).tril(start)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-        y = y.transpose(1, 2).flatten(2)                                         # [B, T, heads · size]
+        y = y.transpose(1, 2).flatten(2)  # [B, T, heads · size]
         return self.o_proj(y * gate.flatten(2).sigmoid()), {"keys": k, "values": v}
 
 
@@ -584,8 +622,9 @@ class ChannelMix(nn.Module):
 # ---- 5. The model ------------------------------------------------
 class Stream(NamedTuple):
     """What flows from layer to layer."""
-    x: Tensor                        # [B, T, D] the residual stream
-    v_first: Tensor | None = None    # [B, T, H, V] layer 0's v, in RWKV-7 alone (after its layer 0)
+
+    x: Tensor  # [B, T, D] the residual stream
+    v_first: Tensor | None = None  # [B, T, H, V] layer 0's v, in RWKV-7 alone (after its layer 0)
 
     def times(self, start: int, stop: int | None = None) -> Stream:
         """The tokens start ≤ t < stop."""
@@ -599,6 +638,7 @@ class Stream(NamedTuple):
 class Cache(NamedTuple):
     """All that the past leaves behind: a dict of tensors per layer, batch first (empty before the
     first token), and the number of tokens seen."""
+
     layers: tuple[dict[str, Tensor], ...]
     length: int
 
@@ -612,8 +652,13 @@ class Block(nn.Module):
     """x + mixer(norm1(x)), then x + mlp(norm2(x)) where there is an MLP. (In two halves, `mix` and
     `feed`, because the logit formula has to stand between them.)"""
 
-    def __init__(self, mixer: nn.Module, norm1: nn.Module, mlp: nn.Module | None = None,
-                 norm2: nn.Module | None = None):
+    def __init__(
+        self,
+        mixer: nn.Module,
+        norm1: nn.Module,
+        mlp: nn.Module | None = None,
+        norm2: nn.Module | None = None,
+    ):
         super().__init__()
         self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp
 
@@ -629,7 +674,7 @@ class Block(nn.Module):
             y, new = self.mixer(self.norm1(x), cache)
             return Stream(x + y, v_first), new
         s, rest, new = self.mixer.inputs(self.norm1(x), cache, v_first)
-        with torch.autocast(x.device.type, enabled=False):    # fp32, also where training is not
+        with torch.autocast(x.device.type, enabled=False):  # fp32, also where training is not
             o, state = recurrence_chunked(s, cache.get("state"))
         if edits:
             o, state = apply_edits(o, state, s, start, edits)
@@ -654,11 +699,19 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Embedding, blocks, norm, head: the same for all three. Made by `build` or `load`."""
 
-    def __init__(self, architecture: str, vocab: int, width: int, blocks: list[Block],
-                 norm: nn.Module, embed_norm: nn.Module | None = None, tied: bool = True):
+    def __init__(
+        self,
+        architecture: str,
+        vocab: int,
+        width: int,
+        blocks: list[Block],
+        norm: nn.Module,
+        embed_norm: nn.Module | None = None,
+        tied: bool = True,
+    ):
         super().__init__()
         self.architecture, self.vocab = architecture, vocab
-        self.name, self.folder = architecture, None           # `load` knows better
+        self.name, self.folder = architecture, None  # `load` knows better
         self.embedding, self.embed_norm = nn.Embedding(vocab, width), embed_norm
         self.layers, self.norm = nn.ModuleList(blocks), norm
         self.head = None if tied else nn.Linear(width, vocab, bias=False)
@@ -694,22 +747,33 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         return Stream(x if self.embed_norm is None else self.embed_norm(x))
 
-    def run(self, stream: Stream, cache: Cache | None = None, edits=(), first: int = 0,
-            last: int | None = None) -> tuple[Stream, Cache]:
+    def run(
+        self,
+        stream: Stream,
+        cache: Cache | None = None,
+        edits=(),
+        first: int = 0,
+        last: int | None = None,
+    ) -> tuple[Stream, Cache]:
         """Layers first ≤ i < last, from the stream at the input of layer `first`: the stream after
-        them, and the cache, of which only those layers are read and renewed. Raises InputError if an
-        edit is not among these tokens and layers, or not of its head's size."""
+        them, and the cache, of which only those layers are read and renewed. Raises InputError if
+        an edit is not among these tokens and layers, or not of its head's size."""
         cache = cache or self.empty_cache()
         start, stop = cache.length, cache.length + stream.x.shape[1]
         last = len(self.layers) if last is None else last
         for e in edits:
             self.check_cell(e.layer, e.head)
             mixer, K, V = self.layers[e.layer].mixer, e.key.shape[-1], e.value.shape[-1]
-            require(first <= e.layer < last and start <= e.position < stop,
-                    f"edit at layer {e.layer}, position {e.position}: this call runs layers "
-                    f"{first}..{last - 1} over positions {start}..{stop - 1}")
-            require((K, V) == (mixer.K, mixer.V), f"edit with key [{K}] and value [{V}]: the "
-                    f"head's state is [K, V] = [{mixer.K}, {mixer.V}], key first")
+            require(
+                first <= e.layer < last and start <= e.position < stop,
+                f"edit at layer {e.layer}, position {e.position}: this call runs layers "
+                f"{first}..{last - 1} over positions {start}..{stop - 1}",
+            )
+            require(
+                (K, V) == (mixer.K, mixer.V),
+                f"edit with key [{K}] and value [{V}]: the "
+                f"head's state is [K, V] = [{mixer.K}, {mixer.V}], key first",
+            )
         layers = list(cache.layers)
         for i in range(first, last):
             here = [e for e in edits if e.layer == i]
@@ -735,15 +799,21 @@ class LanguageModel(nn.Module):
         if 0 <= layer < len(self.layers):
             kind = "full attention, it keeps no state"
         recurrent = self.recurrent_layers
-        require(layer in recurrent, f"layer {layer} of {self.name} is {kind}; recurrent layers: "
-                f"{', '.join(map(str, recurrent))}")
+        require(
+            layer in recurrent,
+            f"layer {layer} of {self.name} is {kind}; recurrent layers: "
+            f"{', '.join(map(str, recurrent))}",
+        )
         heads = self.layers[layer].mixer.heads
-        require(0 <= head < heads, f"head {head}: layer {layer} of {self.name} has heads 0.."
-                f"{heads - 1}")
+        require(
+            0 <= head < heads,
+            f"head {head}: layer {layer} of {self.name} has heads 0.." f"{heads - 1}",
+        )
 
     def generate(self, logits: Tensor, cache: Cache, n: int) -> tuple[Tensor, Tensor]:
-        """n tokens, each the most probable next one, after a prompt's last logits [B, vocab] and its
-        cache. Returns tokens [B, n] and the logits that they were chosen from, [B, n, vocab]."""
+        """n tokens, each the most probable next one, after a prompt's last logits [B, vocab] and
+        its cache. Returns tokens [B, n] and the logits that they were chosen from, [B, n,
+        vocab]."""
         tokens, chosen_from = [logits.argmax(-1)], [logits]
         while len(tokens) < n:
             logits, cache = self(tokens[-1][:, None], cache)
@@ -757,15 +827,21 @@ def check_shapes(s: StepInputs, state: Tensor | None):
     """Raise ValueError with the likely mistake if the six tensors do not fit together."""
     (B, T, H, K), V = s.q.shape, s.v.shape[-1]
     if s.k.shape != s.q.shape or s.v.shape[:3] != (B, T, H):
-        raise ValueError(f"q is {list(s.q.shape)}, k {list(s.k.shape)}, v {list(s.v.shape)}; must be "
-                         "[B,T,H,K], [B,T,H,K], [B,T,H,V]: is the head axis before the time axis, or "
-                         "are grouped keys not yet repeated?")
+        raise ValueError(
+            f"q is {list(s.q.shape)}, k {list(s.k.shape)}, v {list(s.v.shape)}; must be "
+            "[B,T,H,K], [B,T,H,K], [B,T,H,V]: is the head axis before the time axis, or "
+            "are grouped keys not yet repeated?"
+        )
     if s.log_decay.shape not in ((B, T, H, 1), (B, T, H, K)):
-        raise ValueError(f"log_decay is {list(s.log_decay.shape)}; must be [B,T,H,1] or [B,T,H,K]: "
-                         "is the last axis missing?")
+        raise ValueError(
+            f"log_decay is {list(s.log_decay.shape)}; must be [B,T,H,1] or [B,T,H,K]: "
+            "is the last axis missing?"
+        )
     if state is not None and state.shape != (B, H, K, V):
-        raise ValueError(f"state is {list(state.shape)}; must be [B,H,K,V] = {[B, H, K, V]}: is it "
-                         "value first?")
+        raise ValueError(
+            f"state is {list(state.shape)}; must be [B,H,K,V] = {[B, H, K, V]}: is it "
+            "value first?"
+        )
 
 
 def whole_ratio(a: int, b: int) -> int:
@@ -774,7 +850,8 @@ def whole_ratio(a: int, b: int) -> int:
     return a // b
 
 
-# ---- 6. Models from configs: what comes from outside passes through `reading` and `number` --------
+# ---- 6. Models from configs: what comes from outside passes through `reading` and `number`
+# --------
 @contextlib.contextmanager
 def reading(path: str, advice: str = "is the download complete?"):
     """Whatever a parser raises at a file that is not what it should be, as one InputError."""
@@ -782,7 +859,7 @@ def reading(path: str, advice: str = "is the download complete?"):
         yield
     except InputError:
         raise
-    except Exception as error:    # the one place: safetensors and tokenizers raise what they like
+    except Exception as error:  # the one place: safetensors and tokenizers raise what they like
         why = f"{type(error).__name__}: {error!s:.80}"
         raise InputError(f"{path}: cannot be read ({why}); {advice}") from None
 
@@ -791,19 +868,25 @@ def number(c: dict, name: str, default=None, kind: type = int, most: float = 500
     """A positive number of a config: a size (int) or a real one (float). Raises InputError."""
     x = c.get(name, default)
     sound = isinstance(x, (int, kind)) and not isinstance(x, bool) and 0 < x <= most
-    require(sound, f"config.json: {name} is {x!r:.40}; allowed are {kind.__name__}s above 0, up to "
-            f"{most:,}; is it this model's config.json?")
+    require(
+        sound,
+        f"config.json: {name} is {x!r:.40}; allowed are {kind.__name__}s above 0, up to "
+        f"{most:,}; is it this model's config.json?",
+    )
     return kind(x)
 
 
-real = functools.partial(number, kind=float, most=10 ** 12)
+real = functools.partial(number, kind=float, most=10**12)
 
 
 def build(config: dict) -> LanguageModel:
     """An untrained model of the shape that a flat config.json describes. Raises InputError."""
     kind = str(config.get("model_type"))
-    require(kind in BUILDERS, f"model_type {kind:.40} is not supported ({OTHERS.get(kind, 'unknown')}"
-            f"); supported: {', '.join(BUILDERS)}")
+    require(
+        kind in BUILDERS,
+        f"model_type {kind:.40} is not supported ({OTHERS.get(kind, 'unknown')}"
+        f"); supported: {', '.join(BUILDERS)}",
+    )
     with reading("config.json", "is it this model's?"):
         return BUILDERS[kind](config)
 
@@ -817,40 +900,86 @@ def build_qwen(c: dict) -> LanguageModel:
     rope = c.get("rope_parameters") or c
     require(rope.get("rope_type", "default") == "default", "config.json: only rope_type default")
     part = real(rope, "partial_rotary_factor", c.get("partial_rotary_factor", 0.25), most=1)
-    mixers = {"full_attention": functools.partial(
-        GatedAttention, D, heads, number(c, "num_key_value_heads"), size, int(size * part),
-        real(rope, "rope_theta"), eps), "linear_attention": functools.partial(
-        GatedDeltaNet, D, number(c, "linear_num_key_heads"), number(c, "linear_num_value_heads"),
-        number(c, "linear_key_head_dim"), number(c, "linear_value_head_dim"),
-        number(c, "linear_conv_kernel_dim", 4, most=64), eps)}
+    mixers = {
+        "full_attention": functools.partial(
+            GatedAttention,
+            D,
+            heads,
+            number(c, "num_key_value_heads"),
+            size,
+            int(size * part),
+            real(rope, "rope_theta"),
+            eps,
+        ),
+        "linear_attention": functools.partial(
+            GatedDeltaNet,
+            D,
+            number(c, "linear_num_key_heads"),
+            number(c, "linear_num_value_heads"),
+            number(c, "linear_key_head_dim"),
+            number(c, "linear_value_head_dim"),
+            number(c, "linear_conv_kernel_dim", 4, most=64),
+            eps,
+        ),
+    }
     regular = ["linear_attention" if i % every else "full_attention" for i in range(1, n + 1)]
     types = c.get("layer_types") or regular
-    require(len(types) == n and all(kind in mixers for kind in types), "config.json: layer_types "
-            f"must name {n} layers, each one of {', '.join(mixers)}")
-    blocks = [Block(mixers[kind](), RMSNorm(D, eps, 1.0), GatedMLP(D, inner), RMSNorm(D, eps, 1.0))
-              for kind in types]
-    return LanguageModel("gdn", number(c, "vocab_size"), D, blocks, RMSNorm(D, eps, 1.0),
-                         tied=c.get("tie_word_embeddings", False))
+    require(
+        len(types) == n and all(kind in mixers for kind in types),
+        "config.json: layer_types " f"must name {n} layers, each one of {', '.join(mixers)}",
+    )
+    blocks = [
+        Block(mixers[kind](), RMSNorm(D, eps, 1.0), GatedMLP(D, inner), RMSNorm(D, eps, 1.0))
+        for kind in types
+    ]
+    return LanguageModel(
+        "gdn",
+        number(c, "vocab_size"),
+        D,
+        blocks,
+        RMSNorm(D, eps, 1.0),
+        tied=c.get("tie_word_embeddings", False),
+    )
 
 
 def build_mamba2(c: dict) -> LanguageModel:
     """Mamba-2: one mixer per block, no MLP."""
     D, eps = number(c, "hidden_size"), real(c, "layer_norm_epsilon", 1e-5)
-    low, high = [float(x["__float__"] if isinstance(x, dict) else x)
-                 for x in c.get("time_step_limit", (0.0, math.inf))]
-    require(0 <= low <= high, f"config.json: time_step_limit is {low}, {high}: not 0 <= low <= high")
+    low, high = [
+        float(x["__float__"] if isinstance(x, dict) else x)
+        for x in c.get("time_step_limit", (0.0, math.inf))
+    ]
+    require(
+        0 <= low <= high, f"config.json: time_step_limit is {low}, {high}: not 0 <= low <= high"
+    )
     blocks = []
     for _ in range(layers_of(c)):
-        mixer = Mamba2(D, number(c, "num_heads"), number(c, "n_groups"), number(c, "state_size"),
-                       number(c, "head_dim"), number(c, "conv_kernel", 4, most=64), eps, (low, high),
-                       bool(c.get("use_bias", False)), bool(c.get("use_conv_bias", True)))
+        mixer = Mamba2(
+            D,
+            number(c, "num_heads"),
+            number(c, "n_groups"),
+            number(c, "state_size"),
+            number(c, "head_dim"),
+            number(c, "conv_kernel", 4, most=64),
+            eps,
+            (low, high),
+            bool(c.get("use_bias", False)),
+            bool(c.get("use_conv_bias", True)),
+        )
         blocks.append(Block(mixer, RMSNorm(D, eps)))
-    return LanguageModel("mamba2", number(c, "vocab_size"), D, blocks, RMSNorm(D, eps),
-                         tied=c.get("tie_word_embeddings", False))
+    return LanguageModel(
+        "mamba2",
+        number(c, "vocab_size"),
+        D,
+        blocks,
+        RMSNorm(D, eps),
+        tied=c.get("tie_word_embeddings", False),
+    )
 
 
 def build_rwkv7(c: dict) -> LanguageModel:
-    """RWKV-7: time mixing and channel mixing, LayerNorms with bias, one more after the embedding."""
+    """RWKV-7: time mixing and channel mixing, LayerNorms with bias, one more after the
+    embedding."""
     D, K, eps = number(c, "hidden_size"), number(c, "head_dim", 64), real(c, "norm_eps", 1e-5)
     require(not c.get("attn"), "config.json: attn asks for attention layers; take a pure RWKV-7")
     ranks = {letter: number(c, name + "_low_rank_dim") for letter, name in RANKS.items()}
@@ -859,8 +988,15 @@ def build_rwkv7(c: dict) -> LanguageModel:
     for i in range(layers_of(c)):
         mixer = RWKV7(D, whole_ratio(D, K), K, K, ranks, i == 0, K * eps)
         blocks.append(Block(mixer, norm(), ChannelMix(D, inner), norm()))
-    return LanguageModel("rwkv7", number(c, "vocab_size"), D, blocks, norm(), norm(),
-                         tied=c.get("tie_word_embeddings", False))
+    return LanguageModel(
+        "rwkv7",
+        number(c, "vocab_size"),
+        D,
+        blocks,
+        norm(),
+        norm(),
+        tied=c.get("tie_word_embeddings", False),
+    )
 
 
 def layers_of(c: dict) -> int:
@@ -868,31 +1004,70 @@ def layers_of(c: dict) -> int:
     return number(c, "num_hidden_layers", most=1000)
 
 
-RANKS = {"w": "decay", "a": "a", "v": "v", "g": "gate"}    # RWKV-7's low ranks, as configs call them
-BUILDERS = {"qwen3_5": build_qwen, "qwen3_5_text": build_qwen, "mamba2": build_mamba2,
-            "rwkv7": build_rwkv7}
-OTHERS = {"qwen3_next": "Qwen3-Next, whose projections are packed", "mamba": "Mamba-1, without heads",
-          "rwkv": "RWKV-4", "rwkv5": "RWKV-5", "rwkv6": "RWKV-6"}
+RANKS = {"w": "decay", "a": "a", "v": "v", "g": "gate"}  # RWKV-7's low ranks, as configs call them
+BUILDERS = {
+    "qwen3_5": build_qwen,
+    "qwen3_5_text": build_qwen,
+    "mamba2": build_mamba2,
+    "rwkv7": build_rwkv7,
+}
+OTHERS = {
+    "qwen3_next": "Qwen3-Next, whose projections are packed",
+    "mamba": "Mamba-1, without heads",
+    "rwkv": "RWKV-4",
+    "rwkv5": "RWKV-5",
+    "rwkv6": "RWKV-6",
+}
 
 
-# ---- 7. Checkpoints: every layout of the hub ends here --------------------------------------------
+# ---- 7. Checkpoints: every layout of the hub ends here
+# --------------------------------------------
 #: Beginnings of names, ours and the checkpoints': the model's, and those inside a block.
 HUB_NAMES = {
-    "gdn": {"embedding": "model.embed_tokens", "layers": "model.layers", "head": "lm_head",
-            "norm1": "input_layernorm", "norm2": "post_attention_layernorm", "norm": "model.norm",
-            "mixer.q_": "self_attn.q_", "mixer.k_": "self_attn.k_", "mixer.v_": "self_attn.v_",
-            "mixer.o_": "self_attn.o_", "mixer": "linear_attn"},
-    "mamba2": {"embedding": "backbone.embeddings", "layers": "backbone.layers", "head": "lm_head",
-               "norm1": "norm", "norm": "backbone.norm_f"},
-    "rwkv7": {"embedding": "model.embeddings", "layers": "model.layers", "head": "lm_head",
-              "embed_norm": "model.layers.0.pre_norm", "norm1": "attn_norm", "norm2": "ffn_norm",
-              "norm": "model.norm", "mlp": "ffn", "mixer.out_proj": "attn.o_proj",
-              "mixer.w_lora": "attn.w_lora.lora", "mixer.a_lora": "attn.a_lora.lora",
-              "mixer.v_lora": "attn.v_lora.lora", "mixer.g_lora": "attn.g_lora.lora",
-              "mixer": "attn"}}
+    "gdn": {
+        "embedding": "model.embed_tokens",
+        "layers": "model.layers",
+        "head": "lm_head",
+        "norm1": "input_layernorm",
+        "norm2": "post_attention_layernorm",
+        "norm": "model.norm",
+        "mixer.q_": "self_attn.q_",
+        "mixer.k_": "self_attn.k_",
+        "mixer.v_": "self_attn.v_",
+        "mixer.o_": "self_attn.o_",
+        "mixer": "linear_attn",
+    },
+    "mamba2": {
+        "embedding": "backbone.embeddings",
+        "layers": "backbone.layers",
+        "head": "lm_head",
+        "norm1": "norm",
+        "norm": "backbone.norm_f",
+    },
+    "rwkv7": {
+        "embedding": "model.embeddings",
+        "layers": "model.layers",
+        "head": "lm_head",
+        "embed_norm": "model.layers.0.pre_norm",
+        "norm1": "attn_norm",
+        "norm2": "ffn_norm",
+        "norm": "model.norm",
+        "mlp": "ffn",
+        "mixer.out_proj": "attn.o_proj",
+        "mixer.w_lora": "attn.w_lora.lora",
+        "mixer.a_lora": "attn.a_lora.lora",
+        "mixer.v_lora": "attn.v_lora.lora",
+        "mixer.g_lora": "attn.g_lora.lora",
+        "mixer": "attn",
+    },
+}
 PICKLE = "a pickle, which can run code when it is opened; take a safetensors conversion"
-SIGNS = {b"\x80": PICKLE, b"PK\x03\x04": PICKLE, b"<": "a web page, not the file; download it again",
-         b"version https://git-lfs": "a git-LFS pointer, not the file; fetch it with git lfs pull"}
+SIGNS = {
+    b"\x80": PICKLE,
+    b"PK\x03\x04": PICKLE,
+    b"<": "a web page, not the file; download it again",
+    b"version https://git-lfs": "a git-LFS pointer, not the file; fetch it with git lfs pull",
+}
 
 
 def hub_name(architecture: str, name: str) -> str:
@@ -903,31 +1078,38 @@ def hub_name(architecture: str, name: str) -> str:
         block = f"{table['layers']}.{i}."
     for ours, theirs in table.items():
         if name.startswith(ours):
-            return block + theirs + name[len(ours):]
+            return block + theirs + name[len(ours) :]
     return block + name
 
 
 class Stored(NamedTuple):
     """Where a tensor lies on the disk."""
+
     file: str
     name: str
     shape: list[int]
-    part: int | None = None    # its row, where RWKV-7's six mixes are packed in one tensor
+    part: int | None = None  # its row, where RWKV-7's six mixes are packed in one tensor
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """The tensor, alone: its file is opened for it and closed, so that nothing is held twice."""
+        """The tensor, alone: its file is opened for it and closed, so that nothing is held
+        twice."""
         from safetensors import safe_open
+
         with reading(self.file), safe_open(self.file, "pt") as f:
             x = f.get_tensor(self.name)
             x = (x if self.part is None else x[self.part]).to(dtype, copy=True)
-        low, high = x.aminmax()    # without the copies that isfinite makes
-        require(math.isfinite(low) and math.isfinite(high), f"{self.file}: tensor {self.name} holds "
-                f"NaN or Inf, as {dtype}; download the file again")
+        low, high = x.aminmax()  # without the copies that isfinite makes
+        require(
+            math.isfinite(low) and math.isfinite(high),
+            f"{self.file}: tensor {self.name} holds "
+            f"NaN or Inf, as {dtype}; download the file again",
+        )
         return x
 
 
-def load(name_or_path: str, device: str | torch.device = "cpu",
-         dtype: torch.dtype = torch.float32) -> LanguageModel:
+def load(
+    name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> LanguageModel:
     """A model from a folder or a hub id ("Qwen/Qwen3.5-0.8B"): config.json and safetensors.
 
     Reads Qwen3.5 (also the multimodal layout), Mamba-2 (transformers' and mamba_ssm's names) and
@@ -939,20 +1121,27 @@ def load(name_or_path: str, device: str | torch.device = "cpu",
     config = read_json(os.path.join(folder, "config.json"))
     stored, chosen = find_tensors(folder), {}
     with reading(folder, "are config.json and weights this model's?"), torch.device("meta"):
-        model = build(complete_config(config, stored))      # shapes only: no memory yet
+        model = build(complete_config(config, stored))  # shapes only: no memory yet
     for ours, parameter in model.named_parameters():
         theirs = hub_name(model.architecture, ours)
-        require(theirs in stored, f"{folder}: tensor {theirs} is missing; is the download complete?")
+        require(
+            theirs in stored, f"{folder}: tensor {theirs} is missing; is the download complete?"
+        )
         shape, asked = stored[theirs].shape, list(parameter.shape)
-        fits = [n for n in shape if n > 1] == [n for n in asked if n > 1]    # x_r may be [1, 1, D]
+        fits = [n for n in shape if n > 1] == [n for n in asked if n > 1]  # x_r may be [1, 1, D]
         require(fits, f"{folder}: tensor {theirs} is {shape}, config.json asks for {asked}")
         chosen[ours] = stored.pop(theirs)
     if model.head is None:
         stored.pop("lm_head.weight", None)
-    require(not stored, f"{folder}: unexpected tensor {min(stored, default='')} ({len(stored)} in "
-            "all); the known layouts have no such name")
-    weights = {name: chosen[name].read(dtype).view(parameter.shape)
-               for name, parameter in model.named_parameters()}
+    require(
+        not stored,
+        f"{folder}: unexpected tensor {min(stored, default='')} ({len(stored)} in "
+        "all); the known layouts have no such name",
+    )
+    weights = {
+        name: chosen[name].read(dtype).view(parameter.shape)
+        for name, parameter in model.named_parameters()
+    }
     model.load_state_dict(weights, assign=True)
     model.name, model.folder = str(name_or_path), folder
     return model.requires_grad_(False).eval().to(device)
@@ -962,16 +1151,27 @@ def find_folder(name_or_path: str) -> str:
     """The folder itself, or a hub id's files, downloaded once into the hub's own cache."""
     if os.path.isdir(name_or_path):
         return name_or_path
-    require(re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path) is not None, f"{name_or_path!r:.100} is "
-            "neither a folder nor a hub id (owner/name), nor one of gdn, mamba2, rwkv7")
+    require(
+        re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path) is not None,
+        f"{name_or_path!r:.100} is "
+        "neither a folder nor a hub id (owner/name), nor one of gdn, mamba2, rwkv7",
+    )
     import huggingface_hub
-    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
-              "rwkv_vocab*.txt"]
+
+    wanted = [
+        "config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "rwkv_vocab*.txt",
+    ]
     try:
         return huggingface_hub.snapshot_download(name_or_path, allow_patterns=wanted)
-    except Exception as error:    # the hub's library, its network library or the disk
-        raise InputError(f"{name_or_path:.60} could not be fetched ({type(error).__name__:.30}); "
-                         "check the name, your access and the network, or give a folder") from None
+    except Exception as error:  # the hub's library, its network library or the disk
+        raise InputError(
+            f"{name_or_path:.60} could not be fetched ({type(error).__name__:.30}); "
+            "check the name, your access and the network, or give a folder"
+        ) from None
 
 
 def check_file(path: str):
@@ -979,7 +1179,7 @@ def check_file(path: str):
     require(os.path.isfile(path), f"{path}: is missing, or no file; is the download complete?")
     with reading(path), open(path, "rb") as f:
         start = f.read(100)
-    if start[4:8] != bytes(4):    # safetensors begin with a length in 8 bytes, far below 4 GB
+    if start[4:8] != bytes(4):  # safetensors begin with a length in 8 bytes, far below 4 GB
         for sign, what in SIGNS.items():
             require(not start.startswith(sign), f"{path}: is {what}")
 
@@ -987,7 +1187,7 @@ def check_file(path: str):
 def read_json(path: str) -> dict:
     """A JSON object from a file. Raises InputError."""
     check_file(path)
-    require(os.path.getsize(path) < 10 ** 8, f"{path}: has over 100 MB, too much for a config")
+    require(os.path.getsize(path) < 10**8, f"{path}: has over 100 MB, too much for a config")
     with reading(path), open(path, encoding="utf-8") as f:
         content = json.load(f)
     require(isinstance(content, dict), f"{path}: holds no JSON object; download it again")
@@ -1001,11 +1201,16 @@ def find_files(folder: str) -> list[str]:
         with reading(index):
             files = set(read_json(index)["weight_map"].values())
             sound = all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files)
-        require(files and sound, f"{index}: names a file that is no safetensors file beside it, but "
-                "outside the folder; download it again")
+        require(
+            files and sound,
+            f"{index}: names a file that is no safetensors file beside it, but "
+            "outside the folder; download it again",
+        )
         return sorted(files)
     if not os.path.exists(os.path.join(folder, "model.safetensors")):
-        pickles = [f for f in sorted(os.listdir(folder)) if f.endswith((".bin", ".pth", ".pt", ".ckpt"))]
+        pickles = [
+            f for f in sorted(os.listdir(folder)) if f.endswith((".bin", ".pth", ".pt", ".ckpt"))
+        ]
         why = f"{pickles[0]} is {PICKLE}" if pickles else "no model.safetensors, no index"
         raise InputError(f"{folder}: {why}, e.g. AntonV/mamba2-370m-hf or fla-hub/rwkv7-1.5B-world")
     return ["model.safetensors"]
@@ -1014,6 +1219,7 @@ def find_files(folder: str) -> list[str]:
 def find_tensors(folder: str) -> dict[str, Stored]:
     """Every tensor of a folder's safetensors files by a uniform name; only headers are read."""
     from safetensors import safe_open
+
     found = {}
     for file in find_files(folder):
         path = os.path.join(folder, file)
@@ -1022,14 +1228,17 @@ def find_tensors(folder: str) -> dict[str, Stored]:
             for name in f.keys():
                 uniform = name.replace("model.language_model.", "model.")
                 uniform = uniform.replace("backbone.embedding.", "backbone.embeddings.")
-                if uniform.startswith(("model.visual.", "mtp.")):    # Qwen3.5's eyes, and its drafts
+                if uniform.startswith(("model.visual.", "mtp.")):  # Qwen3.5's eyes, and its drafts
                     continue
                 header = f.get_slice(name)
                 shape, dtype = list(header.get_shape()), header.get_dtype()
-                require(dtype in ("F16", "BF16", "F32", "F64"), f"{path}: tensor {name:.80} holds "
-                        f"{dtype}; allowed are floating-point weights, not quantised ones")
+                require(
+                    dtype in ("F16", "BF16", "F32", "F64"),
+                    f"{path}: tensor {name:.80} holds "
+                    f"{dtype}; allowed are floating-point weights, not quantised ones",
+                )
                 require(uniform not in found, f"{path}: {name:.80} stands twice; download it again")
-                if uniform.endswith(".attn.x_x"):                    # RWKV-7's mixes, [6, ..., D]
+                if uniform.endswith(".attn.x_x"):  # RWKV-7's mixes, [6, ..., D]
                     for i, c in enumerate("rwkvag"):
                         found[uniform[:-1] + c] = Stored(path, name, shape[1:], i)
                 else:
@@ -1041,19 +1250,26 @@ def complete_config(config: dict, stored: dict[str, Stored]) -> dict:
     """A flat config, with what it leaves to the tensors' shapes: whether the head is tied,
     mamba_ssm's sizes, RWKV-7's ranks."""
     c = {**config, **config.get("text_config", {})}
-    if "ssm_cfg" in c:                                               # mamba_ssm's config.json
+    if "ssm_cfg" in c:  # mamba_ssm's config.json
         layer, ssm = "backbone.layers.0.mixer.", c["ssm_cfg"]
         require(ssm.get("layer") == "Mamba2", f"config.json: ssm_cfg is of {OTHERS['mamba']}")
         inner, groups = stored[layer + "out_proj.weight"].shape[1], number(ssm, "ngroups", 1)
         (heads,), conv = stored[layer + "dt_bias"].shape, stored[layer + "conv1d.weight"].shape
-        c |= dict(model_type="mamba2", hidden_size=c["d_model"], num_hidden_layers=c["n_layer"],
-                  num_heads=heads, head_dim=inner // heads, n_groups=groups, conv_kernel=conv[-1],
-                  state_size=(conv[0] - inner) // (2 * groups),
-                  vocab_size=stored["backbone.embeddings.weight"].shape[0])
+        c |= dict(
+            model_type="mamba2",
+            hidden_size=c["d_model"],
+            num_hidden_layers=c["n_layer"],
+            num_heads=heads,
+            head_dim=inner // heads,
+            n_groups=groups,
+            conv_kernel=conv[-1],
+            state_size=(conv[0] - inner) // (2 * groups),
+            vocab_size=stored["backbone.embeddings.weight"].shape[0],
+        )
         config = dict(tie_word_embeddings=c.get("tie_embeddings", True))
     if c.get("model_type") == "rwkv7":
         for letter, name in RANKS.items():
-            layer = 1 if letter == "v" else 0                        # layer 0 has no v_lora
+            layer = 1 if letter == "v" else 0  # layer 0 has no v_lora
             theirs = f"model.layers.{layer}.attn.{letter}_lora.lora.0.weight"
             c[name + "_low_rank_dim"] = stored[theirs].shape[0] if layer < layers_of(c) else 1
         c["intermediate_size"] = stored["model.layers.0.ffn.key.weight"].shape[0]
@@ -1069,7 +1285,9 @@ def save_then_rename(write: Callable[[str], None], path: str):
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); give another place") from None
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); give another place"
+        ) from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -1077,46 +1295,62 @@ def save_then_rename(write: Callable[[str], None], path: str):
 
 def write_text(path: str, text: str):
     """Write a text file whole or not at all."""
+
     def write(temporary: str):
         with open(temporary, "w", encoding="utf-8") as f:
             f.write(text)
+
     save_then_rename(write, path)
 
 
 def save(model: LanguageModel, config: dict, folder: str, dtype: torch.dtype = torch.float32):
     """Write config.json and model.safetensors in the hub's layout, for `load` and transformers."""
     from safetensors.torch import save_file
+
     os.makedirs(folder, exist_ok=True)
-    weights = {hub_name(model.architecture, name): p.detach().cpu().to(dtype).contiguous()
-               for name, p in model.named_parameters()}
+    weights = {
+        hub_name(model.architecture, name): p.detach().cpu().to(dtype).contiguous()
+        for name, p in model.named_parameters()
+    }
     write = functools.partial(save_file, weights, metadata={"format": "pt"})
     save_then_rename(write, os.path.join(folder, "model.safetensors"))
     config = {**config, "dtype": str(dtype).removeprefix("torch.")}
     write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=1))
 
 
-# ---- 8. Text in and out, through the checkpoint's own tokenizer ------------------------------------
+# ---- 8. Text in and out, through the checkpoint's own tokenizer
+# ------------------------------------
 class Tokenizer(NamedTuple):
     """Two functions."""
-    encode: Callable[[str], list[int]]    # text -> ids, no special tokens added
-    decode: Callable[[list[int]], str]    # ids -> text, special tokens shown
+
+    encode: Callable[[str], list[int]]  # text -> ids, no special tokens added
+    decode: Callable[[list[int]], str]  # ids -> text, special tokens shown
 
 
 def load_tokenizer(model: LanguageModel) -> Tokenizer:
     """The tokenizer beside the model's weights. Raises InputError if there is none that fits."""
     require(model.folder is not None, "this model was not loaded from a folder: no tokenizer")
-    names = [name for name in sorted(os.listdir(model.folder))
-             if name == "tokenizer.json" or re.fullmatch(r"rwkv_vocab.*\.txt", name)]
-    require(names, f"{model.folder}: neither tokenizer.json nor rwkv_vocab_v20230424.txt; put the "
-            "model's tokenizer there")
-    path = os.path.join(model.folder, names[-1])    # tokenizer.json, if both are there
+    names = [
+        name
+        for name in sorted(os.listdir(model.folder))
+        if name == "tokenizer.json" or re.fullmatch(r"rwkv_vocab.*\.txt", name)
+    ]
+    require(
+        names,
+        f"{model.folder}: neither tokenizer.json nor rwkv_vocab_v20230424.txt; put the "
+        "model's tokenizer there",
+    )
+    path = os.path.join(model.folder, names[-1])  # tokenizer.json, if both are there
     check_file(path)
     with reading(path, "download it again"):
         make = hub_tokenizer if path.endswith(".json") else world_tokenizer
         tokenizer, most = make(path)
         sound = len(tokenizer.encode("a")) > 0
-    require(most < model.vocab, f"{path}: has ids up to {most}, the embedding {model.vocab} rows; is "
-            "it this model's tokenizer?")
+    require(
+        most < model.vocab,
+        f"{path}: has ids up to {most}, the embedding {model.vocab} rows; is "
+        "it this model's tokenizer?",
+    )
     require(sound, f"{path}: gives no token for a letter; download it again")
     return tokenizer
 
@@ -1124,7 +1358,8 @@ def load_tokenizer(model: LanguageModel) -> Tokenizer:
 def hub_tokenizer(path: str) -> tuple[Tokenizer, int]:
     """A tokenizer.json, through the `tokenizers` library, and its largest id."""
     import tokenizers
-    read_json(path)    # says what is wrong with a damaged file
+
+    read_json(path)  # says what is wrong with a damaged file
     inner = tokenizers.Tokenizer.from_file(path)
 
     def encode(text: str) -> list[int]:
@@ -1152,10 +1387,10 @@ def world_tokenizer(path: str) -> tuple[Tokenizer, int]:
         data, ids, at = text.encode(), [], 0
         while at < len(data):
             n = min(longest, len(data) - at)
-            while n > 0 and data[at:at + n] not in id_of:
+            while n > 0 and data[at : at + n] not in id_of:
                 n -= 1
             require(n > 0, f"{path}: has no entry for the byte {data[at]}; download it again")
-            ids.append(id_of[data[at:at + n]])
+            ids.append(id_of[data[at : at + n]])
             at += n
         return ids
 

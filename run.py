@@ -15,6 +15,7 @@ Results go to stdout, decisions and progress to stderr. A wrong input ends in on
 exit status 2. Order of this file: knobs - text - cells and their SAEs - one driver for all
 experiments - the experiments - bench - train and pretrain - the parser.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -45,20 +46,30 @@ EMBEDDED = ("gdn", "mamba2", "rwkv7")
 # --------------------------------------------------------------------------------------------------
 # Knobs
 # --------------------------------------------------------------------------------------------------
-PASSAGE = 128                                       # tokens of a tested passage
-POSITIONS = range(32, PASSAGE - HORIZONS + 1, 3)    # tested in each: some text before, ten tokens after
-COSINE_MIN = 0.71                                   # a firing explains half of the write's energy
-CONTEXT = 512                                       # tokens of a training window
+PASSAGE = 128  # tokens of a tested passage
+POSITIONS = range(
+    32, PASSAGE - HORIZONS + 1, 3
+)  # tested in each: some text before, ten tokens after
+COSINE_MIN = 0.71  # a firing explains half of the write's energy
+CONTEXT = 512  # tokens of a training window
 
 # SAE settings by source: the write-aligned SAE, and one on states as the paper's
 SAE_DEFAULTS = {
-    "write": dict(atoms=16384, active=1, encoder="tied", decoder="rank1", sparsity="topk",
-                  metric="read"),
-    "state": dict(atoms=2048, active=32, encoder="bilinear", decoder="rank1", sparsity="topk",
-                  metric="frobenius")}
-TRAINING_WINDOWS = dict(write=1500, state=800)      # of CONTEXT tokens
-METRIC_PASSAGES = 128                               # for the read metric, POSITIONS[::4] of each
-NULL_PASSAGES = 600                                 # whose writes the untrained atoms are drawn from
+    "write": dict(
+        atoms=16384, active=1, encoder="tied", decoder="rank1", sparsity="topk", metric="read"
+    ),
+    "state": dict(
+        atoms=2048,
+        active=32,
+        encoder="bilinear",
+        decoder="rank1",
+        sparsity="topk",
+        metric="frobenius",
+    ),
+}
+TRAINING_WINDOWS = dict(write=1500, state=800)  # of CONTEXT tokens
+METRIC_PASSAGES = 128  # for the read metric, POSITIONS[::4] of each
+NULL_PASSAGES = 600  # whose writes the untrained atoms are drawn from
 
 
 def say(line: str):
@@ -68,31 +79,45 @@ def say(line: str):
 
 def progress(what: str):
     """A progress bar on stderr for any iterable; nothing where stderr is no terminal."""
+
     def bar(items):
         return tqdm(items, desc=what, file=sys.stderr, leave=False, disable=None)
+
     return bar
 
 
 # --------------------------------------------------------------------------------------------------
 # Text: what every Python installation carries, or the user's own
 # --------------------------------------------------------------------------------------------------
-NOT_READ = {"test", "tests", "site-packages", "dist-packages", "encodings", "idlelib", "lib2to3",
-            "turtledemo", "pydoc_data"}
+NOT_READ = {
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "pydoc_data",
+}
 
 
 def python_text() -> dict[str, str]:
     """The standard library's sources (without its tests, code tables and bundled programs) and the
-    language reference. Returns file name -> text; the reference's topics are named "topics/NAME"."""
+    language reference. Returns file name -> text; the reference's topics are named "topics/NAME".
+    """
     root, files = sysconfig.get_paths()["stdlib"], {}
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders
-                            if f not in NOT_READ and not f.startswith(("__pycache__", "config-")))
+        folders[:] = sorted(
+            f for f in folders if f not in NOT_READ and not f.startswith(("__pycache__", "config-"))
+        )
         for name in sorted(names):
             if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                 path = os.path.join(folder, name)
                 with open(path, encoding="utf-8", errors="replace") as f:
                     files[os.path.relpath(path, root).replace(os.sep, "/")] = f.read()
     from pydoc_data.topics import topics
+
     files.update({f"topics/{name}": text for name, text in sorted(topics.items())})
     return files
 
@@ -106,44 +131,57 @@ def read_files(path: str) -> dict[str, str]:
     """The text files of a folder (those that are UTF-8), or the one file. Raises InputError."""
     paths = [path]
     if os.path.isdir(path):
-        paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+        paths = sorted(
+            os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+        )
     files = {}
     for name in paths:
         try:
             with open(name, encoding="utf-8") as f:
-                files[os.path.relpath(name, path) if name != path else os.path.basename(path)] = f.read()
+                files[os.path.relpath(name, path) if name != path else os.path.basename(path)] = (
+                    f.read()
+                )
         except UnicodeDecodeError as error:
             if name == path:
-                raise InputError(f"{path} is not UTF-8 text ({error.reason}); give a text file") from None
+                raise InputError(
+                    f"{path} is not UTF-8 text ({error.reason}); give a text file"
+                ) from None
         except OSError as error:
-            raise InputError(f"{name}: cannot be read ({error.strerror}); give a text file or a folder "
-                             "of them") from None
+            raise InputError(
+                f"{name}: cannot be read ({error.strerror}); give a text file or a folder "
+                "of them"
+            ) from None
     if not files:
         raise InputError(f"{path} holds no UTF-8 text file; give a text file or a folder of them")
     return files
 
 
 def choose_text(args) -> tuple[dict[str, str], dict[str, str]]:
-    """Training files and tested files, by --train-text and --text; Python's own where they are silent."""
+    """Training files and tested files, by --train-text and --text; Python's own where they are
+    silent."""
     files = read_files(args.train_text) if args.train_text else python_text()
     training = {name: text for name, text in files.items() if not held_out(name)}
     tested = {name: text for name, text in files.items() if held_out(name)}
     if args.text:
         training, tested = training if not args.train_text else files, read_files(args.text)
     elif args.train_text and not tested:
-        raise InputError(f"--train-text {args.train_text}: none of its {len(files)} files is held out "
-                         "(one in ten is, by the hash of its name); give --text for the test")
+        raise InputError(
+            f"--train-text {args.train_text}: none of its {len(files)} files is held out "
+            "(one in ten is, by the hash of its name); give --text for the test"
+        )
     return training, tested
 
 
 class Passages(NamedTuple):
     """Pieces of text as tokens."""
-    tokens: Tensor       # [n, T]
-    file: Tensor         # [n] which file each comes from: intervals draw whole files
+
+    tokens: Tensor  # [n, T]
+    file: Tensor  # [n] which file each comes from: intervals draw whole files
 
 
 def copied(passage: str, lines: set[str]) -> bool:
-    """Whether every line of a passage, but those cut at its ends, is a line of the training text."""
+    """Whether every line of a passage, but those cut at its ends, is a line of the training
+    text."""
     inside = passage.splitlines()[1:-1]
     return bool(inside) and all(line in lines for line in inside)
 
@@ -155,28 +193,34 @@ def windows(tokenizer, files: dict[str, str], n: int, T: int, training: dict[str
     tokens, file = [], []
     for i, text in enumerate(files.values()):
         ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)
-        tokens.append(ids[:len(ids) // T * T].view(-1, T))
+        tokens.append(ids[: len(ids) // T * T].view(-1, T))
         file.append(torch.full((len(tokens[-1]),), i))
     tokens, file = torch.cat(tokens), torch.cat(file)
-    candidates = torch.linspace(0, max(0, len(tokens) - 1), min(len(tokens), 10 * n)).long().tolist()
+    candidates = (
+        torch.linspace(0, max(0, len(tokens) - 1), min(len(tokens), 10 * n)).long().tolist()
+    )
     own = [i for i in candidates if not copied(tokenizer.decode(tokens[i].tolist()), lines)]
     if len(own) < n:
-        raise InputError(f"the text gives {len(own)} passages of {T} tokens that are no copies of training "
-                         f"text, {n} are needed: take a longer text or a smaller --passages")
+        raise InputError(
+            f"the text gives {len(own)} passages of {T} tokens that are no copies of training "
+            f"text, {n} are needed: take a longer text or a smaller --passages"
+        )
     chosen = torch.tensor(own)[torch.linspace(0, len(own) - 1, n).long()]
     return Passages(tokens[chosen], file[chosen])
 
 
 def training_windows(tokenizer, files: dict[str, str], n: int, T: int, device) -> Tensor:
-    """About n windows [n, T] of training text, without encoding all of it: 2 n evenly spread pieces of
-    4 T characters are, and as many windows as they give are taken, up to n."""
+    """About n windows [n, T] of training text, without encoding all of it: 2 n evenly spread pieces
+    of 4 T characters are, and as many windows as they give are taken, up to n."""
     text = "\n".join(files.values())
     starts = torch.linspace(0, max(0, len(text) - 4 * T), 2 * n).long().tolist()
-    pieces = [torch.tensor(tokenizer.encode(text[start:start + 4 * T])[:T]) for start in starts]
+    pieces = [torch.tensor(tokenizer.encode(text[start : start + 4 * T])[:T]) for start in starts]
     pieces = [piece for piece in pieces if len(piece) == T]
     if not pieces:
-        raise InputError(f"the training text has {len(text)} characters, too few for one window of {T} "
-                         "tokens: give a longer --train-text")
+        raise InputError(
+            f"the training text has {len(text)} characters, too few for one window of {T} "
+            "tokens: give a longer --train-text"
+        )
     keep = torch.linspace(0, len(pieces) - 1, min(n, len(pieces))).long().tolist()
     return torch.stack([pieces[i] for i in keep]).to(device)
 
@@ -186,12 +230,13 @@ def training_windows(tokenizer, files: dict[str, str], n: int, T: int, device) -
 # --------------------------------------------------------------------------------------------------
 class Cell(NamedTuple):
     """What one experiment works on: one head of one layer of a model, its SAE, and text."""
+
     model: LanguageModel
     layer: int
     head: int
     tokenizer: models.Tokenizer
-    passages: Passages               # tested
-    training: dict[str, str]         # file name -> text
+    passages: Passages  # tested
+    training: dict[str, str]  # file name -> text
     rng: torch.Generator
     sae: WriteSAE | None = None
 
@@ -201,26 +246,31 @@ class Cell(NamedTuple):
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto": a GPU where there is one."""
+    """ "auto": a GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:80]
-        raise InputError(f"device {name!r} cannot be used here ({reason}); take auto or cpu") from None
+        raise InputError(
+            f"device {name!r} cannot be used here ({reason}); take auto or cpu"
+        ) from None
 
 
 def open_model(name: str, args) -> LanguageModel:
     """An embedded model by its short name, or any folder or hub id."""
     path = os.path.join(HERE, "checkpoints", name) if name in EMBEDDED else name
-    model = models.load(path, pick_device(args.device), dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype])
+    model = models.load(
+        path, pick_device(args.device), dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
+    )
     model.name = name
     return model
 
 
 def is_large(model: LanguageModel) -> bool:
-    """More than 100 million parameters: --quick then takes a quarter of its sample, formula no fp64."""
+    """More than 100 million parameters: --quick then takes a quarter of its sample, formula no
+    fp64."""
     return sum(p.numel() for p in model.parameters()) > 100_000_000
 
 
@@ -258,42 +308,79 @@ def sae_settings(args) -> dict:
 
 
 def sae_file(model: LanguageModel, layer: int, head: int, args) -> str:
-    """Where a cell's SAE lives: beside its model (or in --saes FOLDER), named by the cell and by every
-    setting that is not the default."""
-    settings, defaults = sae_settings(args), SAE_DEFAULTS[args.source] | dict(seed=0, source="write")
-    other = [f"{value}-" if key == "source" else f"{key}-{value}-"
-             for key, value in settings.items() if value != defaults.get(key)]
-    return os.path.join(args.saes or model.folder, f"sae-{''.join(other)}L{layer}H{head}.safetensors")
+    """Where a cell's SAE lives: beside its model (or in --saes FOLDER), named by the cell and by
+    every setting that is not the default."""
+    settings, defaults = sae_settings(args), SAE_DEFAULTS[args.source] | dict(
+        seed=0, source="write"
+    )
+    other = [
+        f"{value}-" if key == "source" else f"{key}-{value}-"
+        for key, value in settings.items()
+        if value != defaults.get(key)
+    ]
+    return os.path.join(
+        args.saes or model.folder, f"sae-{''.join(other)}L{layer}H{head}.safetensors"
+    )
 
 
 def new_sae(model: LanguageModel, layer: int, head: int, settings: dict) -> WriteSAE:
     """An SAE of these settings for one cell, before training."""
     mixer, settings = model.layers[layer].mixer, dict(settings)
-    return WriteSAE(settings.pop("atoms"), mixer.K, mixer.V, **settings,
-                    architecture=model.architecture, model=os.path.basename(model.name), layer=layer,
-                    head=head, layout="key first", cosine_min=COSINE_MIN).to(model.device)
+    return WriteSAE(
+        settings.pop("atoms"),
+        mixer.K,
+        mixer.V,
+        **settings,
+        architecture=model.architecture,
+        model=os.path.basename(model.name),
+        layer=layer,
+        head=head,
+        layout="key first",
+        cosine_min=COSINE_MIN,
+    ).to(model.device)
 
 
 def cell_metric(cell: Cell, quick: bool) -> tuple[Tensor, Tensor]:
     """The read metric of a cell, from training text."""
     n = METRIC_PASSAGES if not quick else 2 if is_large(cell.model) else 8
     sample = training_windows(cell.tokenizer, cell.training, n, PASSAGE, cell.model.device)
-    return writesae.read_metric(cell.model, sample, cell.layer, cell.head, POSITIONS[::4], cell.rng,
-                                progress=progress("metric"))
+    return writesae.read_metric(
+        cell.model,
+        sample,
+        cell.layer,
+        cell.head,
+        POSITIONS[::4],
+        cell.rng,
+        progress=progress("metric"),
+    )
 
 
-def fit(sae: WriteSAE, X: Factored, generator: torch.Generator, quick: bool, steps: int | None = None):
+def fit(
+    sae: WriteSAE, X: Factored, generator: torch.Generator, quick: bool, steps: int | None = None
+):
     """Train an SAE by the method that fits its settings; says which in its cfg."""
     one_write = (sae.cfg["encoder"], sae.cfg["decoder"], sae.sparsity) == ("tied", "rank1", "topk")
     if one_write and sae.active == 1 and sae.cfg["source"] == "write":
         sae.cfg["method"] = "alternating updates"
-        writesae.fit_alternating(sae, X.keys[:, 0], X.values[:, 0], generator,
-                                 steps or (8 if quick else 24), 20_000 if quick else 150_000,
-                                 progress=progress("atoms"))
+        writesae.fit_alternating(
+            sae,
+            X.keys[:, 0],
+            X.values[:, 0],
+            generator,
+            steps or (8 if quick else 24),
+            20_000 if quick else 150_000,
+            progress=progress("atoms"),
+        )
     else:
         sae.cfg["method"] = "Adam"
-        writesae.fit_gradient(sae, X, generator, steps or (50 if quick else 2000),
-                              256 if sae.cfg["source"] == "state" else 1024, progress=progress("atoms"))
+        writesae.fit_gradient(
+            sae,
+            X,
+            generator,
+            steps or (50 if quick else 2000),
+            256 if sae.cfg["source"] == "state" else 1024,
+            progress=progress("atoms"),
+        )
     sae.requires_grad_(False)
 
 
@@ -303,8 +390,9 @@ def train_saes(cell: Cell, heads: list[int], args) -> list[WriteSAE]:
     began, settings, saes = time.time(), sae_settings(args), []
     n = 60 if args.quick else min(TRAINING_WINDOWS[args.source], max(300, settings["atoms"] // 4))
     tokens = training_windows(cell.tokenizer, cell.training, n, CONTEXT, cell.model.device)
-    all_X = writesae.collect(cell.model, tokens, cell.layer, heads, args.source,
-                             progress=progress("writes"))
+    all_X = writesae.collect(
+        cell.model, tokens, cell.layer, heads, args.source, progress=progress("writes")
+    )
     for head, X in zip(heads, all_X):
         cell = cell._replace(head=head, rng=torch.Generator().manual_seed(settings["seed"]))
         if args.quick and args.atoms is None:
@@ -315,20 +403,27 @@ def train_saes(cell: Cell, heads: list[int], args) -> list[WriteSAE]:
         fit(sae, X, cell.rng, args.quick, args.steps)
         sample = X.rows(torch.randint(len(X.keys), (2000,), generator=cell.rng).to(X.keys.device))
         cosines = writesae.cosine(sae.dominant(sample)[2], sample)
-        sae.cfg |= dict(n_train=len(X.keys), seconds=round(time.time() - began, 1),
-                        median_cosine=round(cosines.median().item(), 4))
-        say(f"SAE {cell.name()}: {sae.n_atoms:,} atoms, {sae.active} active, source {args.source}, "
+        sae.cfg |= dict(
+            n_train=len(X.keys),
+            seconds=round(time.time() - began, 1),
+            median_cosine=round(cosines.median().item(), 4),
+        )
+        say(
+            f"SAE {cell.name()}: {sae.n_atoms:,} atoms, {sae.active} active, source {args.source}, "
             f"{settings['metric']} metric, {sae.cfg['method']} on {len(X.keys):,} samples; median "
-            f"cosine with them {sae.cfg['median_cosine']:.3f}; {sae.cfg['seconds']} s")
+            f"cosine with them {sae.cfg['median_cosine']:.3f}; {sae.cfg['seconds']} s"
+        )
         saes.append(sae)
     return saes
 
 
 def check_sae(sae: WriteSAE, cell: Cell, path: str, args):
-    """Raise InputError unless the SAE was made for this cell, and by the settings that were asked for."""
+    """Raise InputError unless the SAE was made for this cell, and by the settings that were asked
+    for."""
     mixer = cell.model.layers[cell.layer].mixer
-    expected = dict(architecture=cell.model.architecture, K=mixer.K, V=mixer.V, layer=cell.layer,
-                    head=cell.head)
+    expected = dict(
+        architecture=cell.model.architecture, K=mixer.K, V=mixer.V, layer=cell.layer, head=cell.head
+    )
     if os.path.dirname(os.path.abspath(path)) != os.path.abspath(cell.model.folder):
         expected["model"] = os.path.basename(cell.model.name)
     names = dict(atoms="n_atoms")
@@ -337,8 +432,10 @@ def check_sae(sae: WriteSAE, cell: Cell, path: str, args):
             expected[names.get(key, key)] = getattr(args, key)
     for key, value in expected.items():
         if sae.cfg.get(key) != value:
-            raise InputError(f"{path}: this SAE has {key} {sae.cfg.get(key)}, here it is {value}; give "
-                             f"an SAE of {cell.name()}, or leave --sae out")
+            raise InputError(
+                f"{path}: this SAE has {key} {sae.cfg.get(key)}, here it is {value}; give "
+                f"an SAE of {cell.name()}, or leave --sae out"
+            )
 
 
 def find_sae(cell: Cell, args) -> WriteSAE:
@@ -350,7 +447,7 @@ def find_sae(cell: Cell, args) -> WriteSAE:
         return sae
     kept = "small, not kept" if args.quick else "kept there"
     say(f"no SAE yet for {cell.name()} ({path}): training one first, {kept}")
-    sae, = train_saes(cell, [cell.head], args)
+    (sae,) = train_saes(cell, [cell.head], args)
     if not args.quick:
         sae.save(path)
     return sae
@@ -361,18 +458,20 @@ def find_sae(cell: Cell, args) -> WriteSAE:
 # --------------------------------------------------------------------------------------------------
 class Experiment(NamedTuple):
     """An experiment is measure(cell, args) -> (figures, table); the driver does all the rest."""
-    measure: Callable                       # figures: a dict, for JSON; table: a row per tested thing
-    columns: dict[str, str]                 # heading -> format string over a row, "-" where it lacks it
-    rows: Callable                          # figures -> the printed rows, a list of dicts
-    legend: str                             # printed above the table
-    passages: tuple[int, int] = (176, 12)   # how many are tested, and with --quick
+
+    measure: Callable  # figures: a dict, for JSON; table: a row per tested thing
+    columns: dict[str, str]  # heading -> format string over a row, "-" where it lacks it
+    rows: Callable  # figures -> the printed rows, a list of dicts
+    legend: str  # printed above the table
+    passages: tuple[int, int] = (176, 12)  # how many are tested, and with --quick
     needs_sae: bool = True
-    draw: Callable | None = None            # (results, tables, path): the picture of --plot
-    all_cells: Callable | None = None       # results -> lines about many cells
+    draw: Callable | None = None  # (results, tables, path): the picture of --plot
+    all_cells: Callable | None = None  # results -> lines about many cells
 
 
 class TablePrinter:
-    """Prints rows under headings, each as soon as it is there; columns are as wide as the first need."""
+    """Prints rows under headings, each as soon as it is there; columns are as wide as the first
+    need."""
 
     def __init__(self, columns: dict[str, str]):
         self.columns, self.widths = columns, None
@@ -399,8 +498,10 @@ class TablePrinter:
 
     def line(self, fields: list[str]):
         """One line; a column whose heading ends in a space is aligned left."""
-        aligned = [f.ljust(width) if heading.endswith(" ") else f.rjust(width)
-                   for f, width, heading in zip(fields, self.widths, self.columns)]
+        aligned = [
+            f.ljust(width) if heading.endswith(" ") else f.rjust(width)
+            for f, width, heading in zip(fields, self.widths, self.columns)
+        ]
         print("  ".join(aligned).rstrip(), flush=True)
 
 
@@ -417,15 +518,25 @@ def json_lines(name: dict, table: Table) -> str:
     """One JSON line per row of a table, the cell's name in each."""
     columns = {key: x.tolist() for key, x in table.items()}
     n = len(next(iter(columns.values()), []))
-    return "".join(json.dumps(no_nan(name | {key: x[i] for key, x in columns.items()})) + "\n"
-                   for i in range(n))
+    return "".join(
+        json.dumps(no_nan(name | {key: x[i] for key, x in columns.items()})) + "\n"
+        for i in range(n)
+    )
 
 
 def write_section(path: str, title: str, legend: str, printer: TablePrinter, rows: list[dict]):
-    """Write a table into a Markdown file: its section is replaced if there is one of this title, else
-    added at the end. The rest of the file stays."""
-    lines = [f"## {title}", "", "```", legend, "```", "", "| " + " | ".join(printer.columns) + " |",
-             "|" + "---|" * len(printer.columns)]
+    """Write a table into a Markdown file: its section is replaced if there is one of this title,
+    else added at the end. The rest of the file stays."""
+    lines = [
+        f"## {title}",
+        "",
+        "```",
+        legend,
+        "```",
+        "",
+        "| " + " | ".join(printer.columns) + " |",
+        "|" + "---|" * len(printer.columns),
+    ]
     lines += ["| " + " | ".join(printer.fields(row)) + " |" for row in rows]
     text = ""
     if os.path.exists(path):
@@ -439,7 +550,7 @@ def write_section(path: str, title: str, legend: str, printer: TablePrinter, row
 
 def shared_out(jobs: list) -> list:
     """This process's share of the jobs: all of them, or under torchrun every world-th."""
-    return jobs[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
+    return jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
 
 
 def gathered(shares: list) -> list:
@@ -448,6 +559,7 @@ def gathered(shares: list) -> list:
     if world == 1:
         return shares
     import torch.distributed as dist
+
     dist.init_process_group("gloo")
     everything = [None] * world if dist.get_rank() == 0 else None
     dist.gather_object(shares, everything)
@@ -458,9 +570,12 @@ def gathered(shares: list) -> list:
 
 
 def open_cells(args, n: int, jobs: list | None = None):
-    """Yield the cells that the arguments name, one after the other (this process's share of them)."""
+    """Yield the cells that the arguments name, one after the other (this process's share of
+    them)."""
     training, tested = choose_text(args)
-    jobs = [(name, cell) for name in args.models for cell in chosen_cells(open_model(name, args), args)]
+    jobs = [
+        (name, cell) for name in args.models for cell in chosen_cells(open_model(name, args), args)
+    ]
     opened = None
     for name, (layer, head) in shared_out(jobs):
         if opened != name:
@@ -469,8 +584,15 @@ def open_cells(args, n: int, jobs: list | None = None):
             few = args.quick and args.passages is None and is_large(model)
             passages = windows(tokenizer, tested, max(2, n // 4) if few else n, PASSAGE, training)
             passages = passages._replace(tokens=passages.tokens.to(model.device))
-        yield Cell(model, layer, head, tokenizer, passages, training,
-                   torch.Generator().manual_seed(args.seed))
+        yield Cell(
+            model,
+            layer,
+            head,
+            tokenizer,
+            passages,
+            training,
+            torch.Generator().manual_seed(args.seed),
+        )
 
 
 def run_experiment(args) -> int:
@@ -483,8 +605,10 @@ def run_experiment(args) -> int:
     for cell in open_cells(args, n):
         if experiment.needs_sae:
             cell = cell._replace(sae=find_sae(cell, args))
-        say(f"{args.command} {cell.name()}: {len(cell.passages.tokens)} passages of "
-            f"{args.text or 'held-out text'}, {cell.model.device}, seed {args.seed}")
+        say(
+            f"{args.command} {cell.name()}: {len(cell.passages.tokens)} passages of "
+            f"{args.text or 'held-out text'}, {cell.model.device}, seed {args.seed}"
+        )
         began, name = time.time(), dict(model=cell.model.name, layer=cell.layer, head=cell.head)
         figures, table = experiment.measure(cell, args)
         results = [name | f for f in (figures if isinstance(figures, list) else [figures])]
@@ -512,8 +636,13 @@ def finish(experiment: Experiment, shares: list, args):
         write_text(args.json, json.dumps(no_nan(everything), indent=1))
     if args.markdown:
         rows = [row for _, results, _ in shares for row in experiment.rows(results)]
-        write_section(args.markdown, "`python run.py " + " ".join(args.words) + "`", experiment.legend,
-                      TablePrinter(experiment.columns), rows)
+        write_section(
+            args.markdown,
+            "`python run.py " + " ".join(args.words) + "`",
+            experiment.legend,
+            TablePrinter(experiment.columns),
+            rows,
+        )
     if args.records:
         write_text(args.records, "".join(json_lines(name, table) for name, _, table in shares))
     if args.plot:
@@ -528,9 +657,13 @@ COLOURS = ("tab:blue", "tab:orange", "tab:green")
 def panels(n: int, width: float = 4.2, height: float = 3.6):
     """A figure with n panels side by side, drawn to a file."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, n, figsize=(width * n, height), constrained_layout=True, squeeze=False)
+
+    figure, axes = plt.subplots(
+        1, n, figsize=(width * n, height), constrained_layout=True, squeeze=False
+    )
     return figure, axes[0]
 
 
@@ -541,8 +674,9 @@ def null_dictionary(cell: Cell, sae: WriteSAE) -> WriteSAE:
     """As many writes of the training text as sae has atoms, drawn at random: no training."""
     n = max(60, min(NULL_PASSAGES, sae.n_atoms // 16))
     tokens = training_windows(cell.tokenizer, cell.training, n, PASSAGE, cell.model.device)
-    X, = writesae.collect(cell.model, tokens, cell.layer, [cell.head], skip=POSITIONS[0],
-                          progress=progress("null"))
+    (X,) = writesae.collect(
+        cell.model, tokens, cell.layer, [cell.head], skip=POSITIONS[0], progress=progress("null")
+    )
     return writesae.untrained(sae, X.keys[:, 0], X.values[:, 0], cell.rng)
 
 
@@ -550,29 +684,43 @@ def replace(cell: Cell, args):
     """The replacement test of one cell: its figures, and a row per tested position."""
     dictionaries = {"atom": cell.sae, "untrained": null_dictionary(cell, cell.sae)}
     positions = POSITIONS[::4] if args.quick else POSITIONS
-    table = writesae.replacement(cell.model, dictionaries, cell.passages.tokens, cell.layer, cell.head,
-                                 positions, cell.rng, progress=progress("replace"))
+    table = writesae.replacement(
+        cell.model,
+        dictionaries,
+        cell.passages.tokens,
+        cell.layer,
+        cell.head,
+        positions,
+        cell.rng,
+        progress=progress("replace"),
+    )
     table["file"] = cell.passages.file[table["passage"]]
     cosine_min = cell.sae.cfg["cosine_min"] if args.cosine_min is None else args.cosine_min
-    figures = dict(source=cell.sae.cfg["source"], scale="activation", cosine_min=cosine_min,
-                   sae=cell.sae.cfg)
+    figures = dict(
+        source=cell.sae.cfg["source"], scale="activation", cosine_min=cosine_min, sae=cell.sae.cfg
+    )
     return figures | writesae.replacement_figures(table, cosine_min, cell.rng), table
 
 
-#: The paper's rows (Qwen3.5-0.8B layers 1, 9, 17 pooled; Mamba-2-370M L24; RWKV-7-1.5B L12, there at
-#: matched norm). Its "recovered" follows from its median KLs of each layer: 0.27 / 0.63 / 0.29; 0.40.
-PAPER_REPLACE = {"gdn": dict(n_firings=4851, win_rate=0.924),
-                 "mamba2": dict(n_firings=2500, win_rate=0.881, recovered_pooled=0.40),
-                 "rwkv7": dict(n_firings=6591, win_rate=0.453)}
+#: The paper's rows (Qwen3.5-0.8B layers 1, 9, 17 pooled; Mamba-2-370M L24; RWKV-7-1.5B L12, there
+# at : matched norm). Its "recovered" follows from its median KLs of each layer: 0.27 / 0.63 / 0.29;
+# 0.40.
+PAPER_REPLACE = {
+    "gdn": dict(n_firings=4851, win_rate=0.924),
+    "mamba2": dict(n_firings=2500, win_rate=0.881, recovered_pooled=0.40),
+    "rwkv7": dict(n_firings=6591, win_rate=0.453),
+}
 
 
 def replace_rows(results: list[dict]) -> list[dict]:
     """Four rows for a cell: trained, the two nulls, the paper's."""
-    r, = results
+    (r,) = results
     null = r["untrained"]
-    rows = [r | dict(name="{model} L{layer}H{head}".format(**r), ci=r["win_ci95"]),
-            null | dict(name="  untrained writes"),
-            dict(name="  random direction", win_rate=r["projected_win_rate"])]
+    rows = [
+        r | dict(name="{model} L{layer}H{head}".format(**r), ci=r["win_ci95"]),
+        null | dict(name="  untrained writes"),
+        dict(name="  random direction", win_rate=r["projected_win_rate"]),
+    ]
     if r["model"] in PAPER_REPLACE:
         rows.append(dict(name="  the paper") | PAPER_REPLACE[r["model"]])
     return rows
@@ -584,46 +732,67 @@ def replace_cells(results: list[dict]) -> str:
     for key in ("coverage", "win_rate", "recovered_pooled", "win_rate_all", "recovered_pooled_all"):
         ours = torch.tensor([r[key] for r in results], dtype=torch.float64)
         null = torch.tensor([r["untrained"][key] for r in results], dtype=torch.float64)
-        lines.append(f"{key:20}  {ours.mean():.3f} ± {ours.std():.3f} [{ours.min():.3f}, {ours.max():.3f}]"
-                     f"   untrained {null.mean():.3f} ± {null.std():.3f}")
+        lines.append(
+            f"{key:20}  {ours.mean():.3f} ± {ours.std():.3f} [{ours.min():.3f}, {ours.max():.3f}]"
+            f"   untrained {null.mean():.3f} ± {null.std():.3f}"
+        )
     return f"\n{len(results)} cells: mean ± standard deviation [range]\n" + "\n".join(lines)
 
 
 REPLACE_LEGEND = f"""\
-Replacement: one write of one head is taken out of the state and something else put in its place.
-effect: KL(unmodified ‖ edited) of the next-token distribution, summed over the write's step and the
-ten after it. firing: the dominant atom explains {100 * COSINE_MIN ** 2:.0f} % of the write's energy or more.
-n: firings.  cover: their share of all positions.  win: share of firings where the effect is smaller
-than with nothing in the write's place [95 %].  recovered: 1 − Σ effect / Σ effect of nothing.
-all: the same over all positions.  untrained writes: as many random training writes as atoms.
-random direction: at its own best coefficient; wins half the time, so a win alone means little."""
+Replacement: one write of one head is taken out of the state and something else put in its
+place. effect: KL(unmodified ‖ edited) of the next-token distribution, summed over the write's
+step and the ten after it. firing: the dominant atom explains {100 * COSINE_MIN ** 2:.0f} % of
+the write's energy or more. n: firings.  cover: their share of all positions.  win: share of
+firings where the effect is smaller than with nothing in the write's place [95 %].  recovered: 1
+− Σ effect / Σ effect of nothing. all: the same over all positions.  untrained writes: as many
+random training writes as atoms. random direction: at its own best coefficient; wins half the
+time, so a win alone means little."""
 REPLACE_COLUMNS = {
-    "cell               ": "{name:19}", "n": "{n_firings:,}", "cover": "{coverage:.1%}",
-    "win [95 %]": "{win_rate:.1%}", "": "[{ci[0]:.1%}, {ci[1]:.1%}]",
-    "recovered": "{recovered_pooled:.2f}", "all: win": "{win_rate_all:.1%}",
-    "all: recovered": "{recovered_pooled_all:.2f}"}
+    "cell               ": "{name:19}",
+    "n": "{n_firings:,}",
+    "cover": "{coverage:.1%}",
+    "win [95 %]": "{win_rate:.1%}",
+    "": "[{ci[0]:.1%}, {ci[1]:.1%}]",
+    "recovered": "{recovered_pooled:.2f}",
+    "all: win": "{win_rate_all:.1%}",
+    "all: recovered": "{recovered_pooled_all:.2f}",
+}
 
 
 def draw_replace(results: list[dict], tables: list[Table]):
-    """A panel per cell: the effect with the atom against the effect with nothing, a point per firing;
-    the untrained dictionary's firings beside them."""
+    """A panel per cell: the effect with the atom against the effect with nothing, a point per
+    firing; the untrained dictionary's firings beside them."""
     figure, axes = panels(len(results))
     for axis, r, table in zip(axes, results, tables):
         delete = writesae.effect(table, "delete")
-        for name, colour, label in (("untrained", "tab:orange", "untrained writes"),
-                                    ("atom", "tab:blue", "trained atoms")):
+        for name, colour, label in (
+            ("untrained", "tab:orange", "untrained writes"),
+            ("atom", "tab:blue", "trained atoms"),
+        ):
             here = writesae.fires(table, name, r["cosine_min"])
-            axis.scatter(delete[here], writesae.effect(table, name)[here], s=3, alpha=0.35, linewidths=0,
-                         color=colour, label=f"{label}: {int(here.sum()):,}")
+            axis.scatter(
+                delete[here],
+                writesae.effect(table, name)[here],
+                s=3,
+                alpha=0.35,
+                linewidths=0,
+                color=colour,
+                label=f"{label}: {int(here.sum()):,}",
+            )
         low, high = 1e-7, delete.max().item()
         axis.plot([low, high], [low, high], color="black", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low / 100, high),
-                 xlabel="effect with nothing in the write's place (nats)",
-                 title="{model} L{layer}H{head}: {win_rate:.1%} below the line".format(**r))
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlim=(low, high),
+            ylim=(low / 100, high),
+            xlabel="effect with nothing in the write's place (nats)",
+            title="{model} L{layer}H{head}: {win_rate:.1%} below the line".format(**r),
+        )
         axis.legend(markerscale=4, fontsize=8, loc="upper left")
     axes[0].set_ylabel("effect with the atom there (nats)")
     return figure
-
 
 
 # --------------------------------------------------------------------------------------------------
@@ -638,8 +807,16 @@ def formula(cell: Cell, args):
         cell.sae.double()
     cosine_min = cell.sae.cfg["cosine_min"] if args.cosine_min is None else args.cosine_min
     positions = POSITIONS[1::8] if args.quick else POSITIONS[::4]
-    table = writesae.ladder(cell.model, cell.sae, cell.passages.tokens, cell.layer, cell.head,
-                            positions, cosine_min, progress=progress("formula"))
+    table = writesae.ladder(
+        cell.model,
+        cell.sae,
+        cell.passages.tokens,
+        cell.layer,
+        cell.head,
+        positions,
+        cosine_min,
+        progress=progress("formula"),
+    )
     cell.model.to(dtype)
     cell.sae.float()
     n = len(table["index"])
@@ -652,7 +829,7 @@ PAPER_FORMULA = {"gdn": 0.98, "mamba2": -0.07}
 
 def formula_rows(results: list[dict]) -> list[dict]:
     """A row for the cell, one per rung, one for the paper."""
-    r, = results
+    (r,) = results
     rows = [dict(name="{model} L{layer}H{head}, {n_firings} firings".format(**r)), *r["rungs"]]
     if r["model"] in PAPER_FORMULA:
         rows.append(dict(name="  the paper", r2=PAPER_FORMULA[r["model"]]))
@@ -662,14 +839,20 @@ def formula_rows(results: list[dict]) -> list[dict]:
 FORMULA_LEGEND = """\
 Logit-change formula: what predicts how an edit of one head's state moves the logits of seven
 tokens, at the write's step and the ten after it. Each rung adds one factor to the one above.
-swap: the atom in the write's place.  delete: the write taken out.  small: the atom added, norm 0.1.
-R²: about the line y = ŷ, nothing fitted but in "fitted" (0: no better than the mean).  slope: 1 if
-sizes are right.  sign: share of right signs.  order: to which the rung is exact."""
+swap: the atom in the write's place.  delete: the write taken out.  small: the atom added, norm
+0.1. R²: about the line y = ŷ, nothing fitted but in "fitted" (0: no better than the mean).
+slope: 1 if sizes are right.  sign: share of right signs.  order: to which the rung is exact."""
 FORMULA_COLUMNS = {
-    "rung                            ": "{name}", "order": "{order}", "swap: R²": "{r2:.3g}",
-    "slope": "{slope:.2g}", "sign": "{sign_agreement:.1%}", "delete: R²": "{r2_delete:.3g}",
-    "small: R²": "{r2_small:.4g}", "slope, small": "{slope_small:.2g}",
-    "sign, small": "{sign_agreement_small:.1%}"}
+    "rung                            ": "{name}",
+    "order": "{order}",
+    "swap: R²": "{r2:.3g}",
+    "slope": "{slope:.2g}",
+    "sign": "{sign_agreement:.1%}",
+    "delete: R²": "{r2_delete:.3g}",
+    "small: R²": "{r2_small:.4g}",
+    "slope, small": "{slope_small:.2g}",
+    "sign, small": "{sign_agreement_small:.1%}",
+}
 
 
 def draw_formula(results: list[dict], tables: list[Table]):
@@ -681,11 +864,21 @@ def draw_formula(results: list[dict], tables: list[Table]):
         limit = y.abs().quantile(0.995).item()
         for name in ("three factors, fitted", "direct path", "full Jacobian"):
             i = names.index(name)
-            axis.scatter(table["predicted_swap"][:, i].flatten(), y, s=2, alpha=0.3, linewidths=0,
-                         label=f"{name}: R² {r['rungs'][i]['r2']:.2f}")
+            axis.scatter(
+                table["predicted_swap"][:, i].flatten(),
+                y,
+                s=2,
+                alpha=0.3,
+                linewidths=0,
+                label=f"{name}: R² {r['rungs'][i]['r2']:.2f}",
+            )
         axis.axline((0, 0), slope=1, color="black", linewidth=0.7)
-        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xlabel="predicted (nats)",
-                 title="{model} L{layer}H{head}, {n_firings} firings".format(**r))
+        axis.set(
+            xlim=(-limit, limit),
+            ylim=(-limit, limit),
+            xlabel="predicted (nats)",
+            title="{model} L{layer}H{head}, {n_firings} firings".format(**r),
+        )
         axis.legend(fontsize=7, markerscale=4)
     axes[0].set_ylabel("measured change of the logit (nats)")
     return figure
@@ -694,15 +887,18 @@ def draw_formula(results: list[dict], tables: list[Table]):
 # --------------------------------------------------------------------------------------------------
 # steer: edits of the memory after which a token appears
 # --------------------------------------------------------------------------------------------------
-PROMPT = 96                                                          # tokens of a prompt
-BUDGETS = [round(0.25 * 2 ** (i / 4), 2) for i in range(25)]         # 0.25 to 16 native writes
+PROMPT = 96  # tokens of a prompt
+BUDGETS = [round(0.25 * 2 ** (i / 4), 2) for i in range(25)]  # 0.25 to 16 native writes
 SIGN_TESTED = ("formula", "gated", "gradient")
 
 
 def reach_cells(cell: Cell, reach: str) -> list[tuple[int, int]]:
     """The cells that are edited: one head, all heads of its layer, or all heads of all layers."""
-    everywhere = [(layer, head) for layer in cell.model.recurrent_layers
-                  for head in range(cell.model.layers[layer].mixer.heads)]
+    everywhere = [
+        (layer, head)
+        for layer in cell.model.recurrent_layers
+        for head in range(cell.model.layers[layer].mixer.heads)
+    ]
     if reach == "head":
         return [(cell.layer, cell.head)]
     return [c for c in everywhere if reach == "all" or c[0] == cell.layer]
@@ -729,17 +925,27 @@ def steer(cell: Cell, args):
     if args.prompt is not None or args.target is not None:
         return show(cell, args)
     tokens, key = cell.passages.tokens[:, :PROMPT], args.key or "read"
-    each = 1 if args.quick or args.smallest else 3               # targets per prompt and stratum
+    each = 1 if args.quick or args.smallest else 3  # targets per prompt and stratum
     pairs = writesae.draw_targets(cell.model, tokens, each, cell.rng)
     if len(pairs["stratum"].unique()) < len(writesae.STRATA):
-        raise InputError("no token of rank 100 to 1000 in and out of these prompts (the vocabulary "
-                         f"has {cell.model.vocab} tokens): take more --passages")
+        raise InputError(
+            "no token of rank 100 to 1000 in and out of these prompts (the vocabulary "
+            f"has {cell.model.vocab} tokens): take more --passages"
+        )
 
-    def edit(pairs: Table, value: str | None, key: str = key, size: float = args.magnitude,
-             budget: bool = False, reach: str = args.reach, n: int = writesae.EDITED) -> Table:
-        rng = torch.Generator().manual_seed(args.seed)              # the same draws for every edit
-        return writesae.steer(cell.model, tokens, pairs, reach_cells(cell, reach), key, value, size,
-                              budget, rng, n)
+    def edit(
+        pairs: Table,
+        value: str | None,
+        key: str = key,
+        size: float = args.magnitude,
+        budget: bool = False,
+        reach: str = args.reach,
+        n: int = writesae.EDITED,
+    ) -> Table:
+        rng = torch.Generator().manual_seed(args.seed)  # the same draws for every edit
+        return writesae.steer(
+            cell.model, tokens, pairs, reach_cells(cell, reach), key, value, size, budget, rng, n
+        )
 
     if args.smallest:
         seen = writesae.every_second(cell.passages.file).to(tokens.device)[pairs["prompt"]]
@@ -750,9 +956,16 @@ def steer(cell: Cell, args):
     native, random, results = edit(pairs, None), edit(pairs, "random"), []
     for value in progress("steer")([args.value] if args.value else writesae.VALUE_SIDES):
         edited = edit(pairs, value)
-        r = dict(value=value, key=key, reach=args.reach, magnitude=args.magnitude, budget=False,
-                 size=edited["size"].mean().item(), strata=by_stratum(edited, native, random))
-        if value in SIGN_TESTED:                   # one head, the last position, the natural size
+        r = dict(
+            value=value,
+            key=key,
+            reach=args.reach,
+            magnitude=args.magnitude,
+            budget=False,
+            size=edited["size"].mean().item(),
+            strata=by_stratum(edited, native, random),
+        )
+        if value in SIGN_TESTED:  # one head, the last position, the natural size
             one = edit(pairs, value, size=1.0, reach="head", n=1)
             r["sign_rate"] = (one["logit"] > native["logit"]).double().mean().item()
         results.append(r)
@@ -772,12 +985,21 @@ def least_budget(edit: Callable, search: Table, unseen: Table, key: str) -> dict
 
     i = bisect.bisect_left(BUDGETS, True, key=passes)
     budget = BUDGETS[min(i, len(BUDGETS) - 1)]
-    edited, native, random = (edit(unseen, value, key=key, size=budget, budget=True)
-                              for value in ("memory", None, "random"))
-    return dict(value="memory", key=key, magnitude=budget, budget=True, found=i < len(BUDGETS),
-                size=edited["size"].mean().item(), n_search=len(search["target"]),
-                search_rates={str(b): rate for b, rate in sorted(tried.items())},
-                strata=by_stratum(edited, native, random))
+    edited, native, random = (
+        edit(unseen, value, key=key, size=budget, budget=True)
+        for value in ("memory", None, "random")
+    )
+    return dict(
+        value="memory",
+        key=key,
+        magnitude=budget,
+        budget=True,
+        found=i < len(BUDGETS),
+        size=edited["size"].mean().item(),
+        n_search=len(search["target"]),
+        search_rates={str(b): rate for b, rate in sorted(tried.items())},
+        strata=by_stratum(edited, native, random),
+    )
 
 
 def show(cell: Cell, args):
@@ -785,27 +1007,54 @@ def show(cell: Cell, args):
     encode, decode = cell.tokenizer.encode, cell.tokenizer.decode
     target = encode(args.target or "")
     if not args.prompt or len(target) != 1:
-        raise InputError(f"--target {args.target!r} is {len(target)} tokens for this model "
-                         f"({[decode([i]) for i in target]}): give a --prompt and one token")
+        raise InputError(
+            f"--target {args.target!r} is {len(target)} tokens for this model "
+            f"({[decode([i]) for i in target]}): give a --prompt and one token"
+        )
     tokens = torch.tensor([encode(args.prompt)], device=cell.model.device)
-    pair = {name: torch.tensor([x], device=tokens.device)
-            for name, x in dict(prompt=0, target=target[0], stratum=0).items()}
+    pair = {
+        name: torch.tensor([x], device=tokens.device)
+        for name, x in dict(prompt=0, target=target[0], stratum=0).items()
+    }
     key, value = args.key or "read", args.value or "memory"
-    before, after = (writesae.steer(cell.model, tokens, pair, reach_cells(cell, args.reach), key, v,
-                                    args.magnitude, generator=cell.rng) for v in (None, value))
+    before, after = (
+        writesae.steer(
+            cell.model,
+            tokens,
+            pair,
+            reach_cells(cell, args.reach),
+            key,
+            v,
+            args.magnitude,
+            generator=cell.rng,
+        )
+        for v in (None, value)
+    )
     texts = {"no edit": before["said"], "edited": after["said"], "kept": after["kept"]}
-    return dict(prompt=args.prompt, target=args.target, value=value, key=key, reach=args.reach,
-                magnitude=args.magnitude, size=after["size"].item(),
-                texts={name: decode(ids[0].tolist()) for name, ids in texts.items()},
-                p_target=after["log_p"][0].exp().tolist()), after
+    return (
+        dict(
+            prompt=args.prompt,
+            target=args.target,
+            value=value,
+            key=key,
+            reach=args.reach,
+            magnitude=args.magnitude,
+            size=after["size"].item(),
+            texts={name: decode(ids[0].tolist()) for name, ids in texts.items()},
+            p_target=after["log_p"][0].exp().tolist(),
+        ),
+        after,
+    )
 
 
 def steer_rows(results: list[dict]) -> list[dict]:
     """No edit, a random one, then a row per edit; of `show` a few lines instead."""
     first = results[0]
     if "texts" in first:
-        print("{model}: {value}, {key} key, reach {reach}, {magnitude:g}x; all states change by "
-              "{size:.0%} of their norm; target {target!r}".format(**first))
+        print(
+            "{model}: {value}, {key} key, reach {reach}, {magnitude:g}x; all states change by "
+            "{size:.0%} of their norm; target {target!r}".format(**first)
+        )
         for name, text in first["texts"].items():
             print(f"  {name:8} {text!r}")
         chances = " ".join(f"{p:.2f}" for p in first["p_target"])
@@ -813,8 +1062,14 @@ def steer_rows(results: list[dict]) -> list[dict]:
         return []
 
     def control(r: dict, kind: str) -> dict:
-        strata = [dict(persists_rate=s[kind + "_persists_rate"], edited_rate=s[kind + "_rate"],
-                       edited_perplexity=s[kind + "_perplexity"]) for s in r["strata"]]
+        strata = [
+            dict(
+                persists_rate=s[kind + "_persists_rate"],
+                edited_rate=s[kind + "_rate"],
+                edited_perplexity=s[kind + "_perplexity"],
+            )
+            for s in r["strata"]
+        ]
         return dict(what=f"{r['model']}, {r['strata'][0]['n_pairs']} pairs: {kind}", strata=strata)
 
     rows = [control(first, "native")]
@@ -827,23 +1082,28 @@ def steer_rows(results: list[dict]) -> list[dict]:
 
 
 STEER_LEGEND = """\
-Steering: key valueᵀ is added to the states at a prompt's last three positions, then 20 tokens are
-decoded. Targets: rank 100-1000 for the first new token; in the prompt, or absent from it.
-Nx: each edit is N times as large as the write beside it.  budget: of all a prompt's edits together,
-in such writes; the least after which all targets on the search prompts persist, its row is from the
-unseen prompts.  persists: the target is among tokens 2 to 20 if the first is forced back to the
-unedited one: a memory.  appears: it is among the 20 (the paper's measure).  lift: of log p(target)
-for the first new token, nats.  states: norm of the change of all states at the prompt's end, over
-theirs.  ppl: perplexity of what is said under the unedited model; forced: of saying the token at
-once, without an edit.  sign: share of targets whose first logit rises by one head's edit, 1x, at
-the last position."""
+Steering: key valueᵀ is added to the states at a prompt's last three positions, then 20 tokens
+are decoded. Targets: rank 100-1000 for the first new token; in the prompt, or absent from it.
+Nx: each edit is N times as large as the write beside it.  budget: of all a prompt's edits
+together, in such writes; the least after which all targets on the search prompts persist, its
+row is from the unseen prompts.  persists: the target is among tokens 2 to 20 if the first is
+forced back to the unedited one: a memory.  appears: it is among the 20 (the paper's measure).
+lift: of log p(target) for the first new token, nats.  states: norm of the change of all states
+at the prompt's end, over theirs.  ppl: perplexity of what is said under the unedited model;
+forced: of saying the token at once, without an edit.  sign: share of targets whose first logit
+rises by one head's edit, 1x, at the last position."""
 STEER_COLUMNS = {
-    "edit                               ": "{what}", "persists": "{strata[0][persists_rate]:.1%}",
-    "absent": "{strata[1][persists_rate]:.1%}", "appears": "{strata[0][edited_rate]:.1%}",
+    "edit                               ": "{what}",
+    "persists": "{strata[0][persists_rate]:.1%}",
+    "absent": "{strata[1][persists_rate]:.1%}",
+    "appears": "{strata[0][edited_rate]:.1%}",
     "absent, appears": "{strata[1][edited_rate]:.1%}",
     "lift": "{strata[0][first_step_lift_nats]:+.1f}",
-    "states": "{size:.0%}", "ppl": "{strata[0][edited_perplexity]:.1f}",
-    "forced": "{strata[0][forced_perplexity]:.1f}", "sign": "{sign_rate:.1%}"}
+    "states": "{size:.0%}",
+    "ppl": "{strata[0][edited_perplexity]:.1f}",
+    "forced": "{strata[0][forced_perplexity]:.1f}",
+    "sign": "{sign_rate:.1%}",
+}
 
 
 def draw_steer(results: list[dict], tables: list[Table]):
@@ -867,8 +1127,11 @@ def add_steering(p: Parser):
     p.add_argument("--value", choices=writesae.VALUE_SIDES, help="only this value side")
     p.add_argument("--reach", default="all", choices=["head", "layer", "all"], help="edited heads")
     p.add_argument("--magnitude", type=finite, default=3.0, help="each edit, in native writes")
-    p.add_argument("--smallest", action="store_true",
-                   help="search the least budget after which targets persist (--passages 120)")
+    p.add_argument(
+        "--smallest",
+        action="store_true",
+        help="search the least budget after which targets persist (--passages 120)",
+    )
     p.add_argument("--prompt", metavar="TEXT", help="show one edit of this text, with --target")
     p.add_argument("--target", metavar="TOKEN", help="the token that is to appear after --prompt")
 
@@ -883,44 +1146,64 @@ def erase(cell: Cell, args):
     cosine_min = cell.sae.cfg["cosine_min"] if args.cosine_min is None else args.cosine_min
     positions = range(POSITIONS.start, POSITIONS.stop, 4 if args.quick else 1)
     table = writesae.erasure(
-        cell.model, cell.sae, cell.passages.tokens, cell.layer, cell.head, positions,
-        cell.passages.file, cell.rng, cosine_min, 5 if args.quick else 20, progress("erase"))
+        cell.model,
+        cell.sae,
+        cell.passages.tokens,
+        cell.layer,
+        cell.head,
+        positions,
+        cell.passages.file,
+        cell.rng,
+        cosine_min,
+        5 if args.quick else 20,
+        progress("erase"),
+    )
     figures, atoms = writesae.erasure_figures(table, cell.rng), []
     for atom in table["index"].unique().tolist():
         part = some_rows(table, table["index"] == atom)
         token = part["promoted"][0].item()
-        atoms.append(dict(atom=atom, token=token, text=cell.tokenizer.decode([token]))
-                     | writesae.erasure_figures(part, cell.rng))
+        atoms.append(
+            dict(atom=atom, token=token, text=cell.tokenizer.decode([token]))
+            | writesae.erasure_figures(part, cell.rng)
+        )
     return figures | dict(atoms=sorted(atoms, key=lambda a: -a["n_firings"])), table
 
 
 def erase_rows(results: list[dict]) -> list[dict]:
     """A row for all firings, then one per atom."""
-    r, = results
+    (r,) = results
     rows = [r | dict(what="{model} L{layer}H{head}".format(**r))]
     return rows + [a | dict(what=f"  {a['atom']:5} {a['text'][:14]!r}") for a in r["atoms"]]
 
 
 ERASE_LEGEND = """\
-Erasing: a A is taken out of the state where the atom fires. Change of log p of the token that it
-promotes, mean over the write's step and the ten after it, in nats, median of firings. Atoms and
-tokens were chosen in other files: those that fire in most, tokens by the formula ("gated") alone.
-random, other: a random direction, another atom, of the same norm taken out there.  elsewhere: the
-atom, where it does not fire.  effect: mean of atom minus random, paired [95 %, by whole files].
-The paper: one atom, 150 firings, median -0.116 nats."""
+Erasing: a A is taken out of the state where the atom fires. Change of log p of the token that
+it promotes, mean over the write's step and the ten after it, in nats, median of firings. Atoms
+and tokens were chosen in other files: those that fire in most, tokens by the formula ("gated")
+alone. random, other: a random direction, another atom, of the same norm taken out there.
+elsewhere: the atom, where it does not fire.  effect: mean of atom minus random, paired [95 %,
+by whole files]. The paper: one atom, 150 firings, median -0.116 nats."""
 ERASE_COLUMNS = {
-    "atom, token              ": "{what}", "n": "{n_firings}", "files": "{n_files}",
-    "atom": "{firing_median:+.4f}", "falls": "{firing_falls:.0%}", "random": "{random_median:+.4f}",
-    "falls, random": "{random_falls:.0%}", "other": "{other_atom_median:+.4f}",
-    "elsewhere": "{elsewhere_median:+.4f}", "effect": "{effect:+.4f}",
-    "[95 %]": "[{effect_ci95[0]:+.4f}, {effect_ci95[1]:+.4f}]"}
+    "atom, token              ": "{what}",
+    "n": "{n_firings}",
+    "files": "{n_files}",
+    "atom": "{firing_median:+.4f}",
+    "falls": "{firing_falls:.0%}",
+    "random": "{random_median:+.4f}",
+    "falls, random": "{random_falls:.0%}",
+    "other": "{other_atom_median:+.4f}",
+    "elsewhere": "{elsewhere_median:+.4f}",
+    "effect": "{effect:+.4f}",
+    "[95 %]": "[{effect_ci95[0]:+.4f}, {effect_ci95[1]:+.4f}]",
+}
 
 
 # --------------------------------------------------------------------------------------------------
 # atoms: what they stand for
 # --------------------------------------------------------------------------------------------------
 def atoms(cell: Cell, args):
-    """The most used atoms of a cell, each with its tokens and contexts, and the population's figures."""
+    """The most used atoms of a cell, each with its tokens and contexts, and the population's
+    figures."""
     sae, tokens, passages = cell.sae, cell.passages.tokens, cell.passages
     table = writesae.codes(cell.model, sae, tokens, cell.layer, cell.head, progress("codes"))
     cosine_min = sae.cfg["cosine_min"]
@@ -928,7 +1211,11 @@ def atoms(cell: Cell, args):
     usable = (table["position"] >= POSITIONS[0]) & (table["position"] <= POSITIONS[-1])
     fires = (table["a"] > 0) & (table["cosine"] >= cosine_min) & usable
     uses = torch.bincount(table["index"][fires], minlength=sae.n_atoms)
-    chosen = [args.atom] if args.atom is not None else uses.topk(4 if args.quick else 12).indices.tolist()
+    chosen = (
+        [args.atom]
+        if args.atom is not None
+        else uses.topk(4 if args.quick else 12).indices.tolist()
+    )
     if args.atom is not None and not 0 <= args.atom < sae.n_atoms:
         raise InputError(f"--atom {args.atom}: this SAE has atoms 0 to {sae.n_atoms - 1}")
     described = []
@@ -938,20 +1225,30 @@ def atoms(cell: Cell, args):
             described.append(describe(cell, table, rows) | dict(atom=atom))
     if not described:
         raise InputError("no atom fires in this text: take more --passages, or another --atom")
-    bits = writesae.passage_test(cell.model, sae, tokens[:len(tokens) // 4 + 1], cell.layer, cell.head,
-                                 range(POSITIONS[0], PASSAGE - 1), cosine_min, cell.rng,
-                                 progress("passages"))
+    bits = writesae.passage_test(
+        cell.model,
+        sae,
+        tokens[: len(tokens) // 4 + 1],
+        cell.layer,
+        cell.head,
+        range(POSITIONS[0], PASSAGE - 1),
+        cosine_min,
+        cell.rng,
+        progress("passages"),
+    )
     bits = {key: x.double().mean().item() for key, x in bits.items()}
     described[0] |= dict(population=population, passage_test=bits, n_passages=len(passages.tokens))
     return described, table
 
 
 def describe(cell: Cell, table: Table, rows: Tensor) -> dict:
-    """One atom, by the rows of `codes` where it fires: its figures, the tokens that lose most if it is
-    taken out, and five contexts from different files."""
+    """One atom, by the rows of `codes` where it fires: its figures, the tokens that lose most if it
+    is taken out, and five contexts from different files."""
     spread = torch.linspace(0, len(rows) - 1, min(40, len(rows))).long()
     at = {name: x[rows[spread]] for name, x in table.items()}
-    change = writesae.taken_out(cell.model, cell.sae, cell.passages.tokens, cell.layer, cell.head, at)
+    change = writesae.taken_out(
+        cell.model, cell.sae, cell.passages.tokens, cell.layer, cell.head, at
+    )
     promoted = change.mean(0).topk(5, largest=False)
     decode = cell.tokenizer.decode
     contexts, seen = [], set()
@@ -960,13 +1257,23 @@ def describe(cell: Cell, table: Table, rows: Tensor) -> dict:
         if file not in seen and len(contexts) < 5:
             seen.add(file)
             ids = cell.passages.tokens[passage].tolist()
-            contexts.append(decode(ids[max(0, position - 12):position]) + "⟦" + decode([ids[position]])
-                            + "⟧" + decode(ids[position + 1:position + 7]))
+            contexts.append(
+                decode(ids[max(0, position - 12) : position])
+                + "⟦"
+                + decode([ids[position]])
+                + "⟧"
+                + decode(ids[position + 1 : position + 7])
+            )
     counts = table["token"][rows].bincount()
-    return dict(n_firings=len(rows), cosine=table["cosine"][rows].mean().item(),
-                token=decode([counts.argmax().item()]), token_purity=(counts.max() / len(rows)).item(),
-                promoted=[decode([token]) for token in promoted.indices.tolist()],
-                promoted_nats=promoted.values.tolist(), contexts=contexts)
+    return dict(
+        n_firings=len(rows),
+        cosine=table["cosine"][rows].mean().item(),
+        token=decode([counts.argmax().item()]),
+        token_purity=(counts.max() / len(rows)).item(),
+        promoted=[decode([token]) for token in promoted.indices.tolist()],
+        promoted_nats=promoted.values.tolist(),
+        contexts=contexts,
+    )
 
 
 def atoms_rows(results: list[dict]) -> list[dict]:
@@ -975,15 +1282,21 @@ def atoms_rows(results: list[dict]) -> list[dict]:
     population, bits = head["population"], head["passage_test"]
     groups = population["groups"]
     print("""
-{model} L{layer}H{head}: {n_firings:,} firings of {n_atoms:,} atoms in {n_passages} passages; atoms with
-five firings or more hold {often_share:.0%} of them, and {token_purity:.0%} of an atom's firings are on one token.
+{model} L{layer}H{head}: {n_firings:,} firings of {n_atoms:,} atoms in {n_passages} passages. Atoms
+with five firings or more hold {often_share:.0%} of them; of an atom's, {token_purity:.0%} are on one token.
 """.format(**head | population).strip())
-    print("cosine with the writes, two Gaussians: {0[0]} atoms at {1[0]:.2f} ± {2[0]:.2f}, {0[1]} at {1[1]:.2f} ± "
-          "{2[1]:.2f}; ΔBIC {3:+.0f}".format(groups["n"], groups["mean"], groups["deviation"],
-                                           groups["delta_bic"]))
-    print("all firings of a passage at once ({firings:.0f} of them), bits per token: unmodified "
-          "{bits_native:.3f}, their atoms {bits_atom:.3f}, deleted {bits_delete:.3f}, random writes "
-          "{bits_random:.3f}".format(**bits))
+    print(
+        "cosine with the writes, two Gaussians: {0[0]} atoms at {1[0]:.2f} ± {2[0]:.2f}, "
+        "{0[1]} at {1[1]:.2f} ± "
+        "{2[1]:.2f}; ΔBIC {3:+.0f}".format(
+            groups["n"], groups["mean"], groups["deviation"], groups["delta_bic"]
+        )
+    )
+    print(
+        "all firings of a passage at once ({firings:.0f} of them), bits per token: unmodified "
+        "{bits_native:.3f}, their atoms {bits_atom:.3f}, deleted {bits_delete:.3f}, random writes "
+        "{bits_random:.3f}".format(**bits)
+    )
     rows = []
     for r in results:
         promoted = "  ".join(map(repr, r["promoted"]))
@@ -993,16 +1306,23 @@ five firings or more hold {often_share:.0%} of them, and {token_purity:.0%} of a
 
 
 ATOMS_LEGEND = """\
-Atoms: what they stand for, most used first. n: firings.  cosine: of the atom with the writes it stands
-for.  on: the token at which it fires most, and its share.  Then the tokens whose log-probability falls
-most if the atom is taken out of the state (mean over the write's step and the ten after it), and five
-contexts from different files, the firing token in ⟦ ⟧."""
-ATOMS_COLUMNS = {"atom": "{atom}", "n": "{n_firings}", "cosine": "{cosine:.2f}", "on          ": "{on}",
-                 "share": "{token_purity:.0%}", " ": "{promotes}"}
+Atoms: what they stand for, most used first. n: firings.  cosine: of the atom with the writes it
+stands for.  on: the token at which it fires most, and its share.  Then the tokens whose
+log-probability falls most if the atom is taken out of the state (mean over the write's step and
+the ten after it), and five contexts from different files, the firing token in ⟦ ⟧."""
+ATOMS_COLUMNS = {
+    "atom": "{atom}",
+    "n": "{n_firings}",
+    "cosine": "{cosine:.2f}",
+    "on          ": "{on}",
+    "share": "{token_purity:.0%}",
+    " ": "{promotes}",
+}
 
 
 def draw_atoms(results: list[dict], tables: list[Table]):
-    """How atoms are used: share of firings on the atom's most frequent token against its firings."""
+    """How atoms are used: share of firings on the atom's most frequent token against its
+    firings."""
     figure, axes = panels(len(tables))
     for axis, table in zip(axes, tables):
         fires = (table["a"] > 0) & (table["cosine"] >= COSINE_MIN)
@@ -1012,8 +1332,13 @@ def draw_atoms(results: list[dict], tables: list[Table]):
         most = torch.zeros(len(uses)).scatter_reduce_(0, pairs[0], n.float(), "amax")
         often = uses >= 5
         axis.scatter(uses[often], most[often] / uses[often], s=6, alpha=0.4, linewidths=0)
-        axis.set(xscale="log", ylim=(0, 1.03), xlabel="firings of the atom",
-                 ylabel="share on its most frequent token", title=f"{int(often.sum()):,} atoms")
+        axis.set(
+            xscale="log",
+            ylim=(0, 1.03),
+            xlabel="firings of the atom",
+            ylabel="share on its most frequent token",
+            title=f"{int(often.sum()):,} atoms",
+        )
     return figure
 
 
@@ -1021,7 +1346,7 @@ def draw_atoms(results: list[dict], tables: list[Table]):
 # compare: dictionaries side by side, in the same branches
 # --------------------------------------------------------------------------------------------------
 COMPARED = dict(sizes=(256, 1024, 2048, 4096, 16384), active=(1, 2, 4, 8, 32), seeds=(0, 1, 2))
-VARIANTS = {                      # the paper's five, and rank 2; then sparsity rules
+VARIANTS = {  # the paper's five, and rank 2; then sparsity rules
     "FlatSAE": dict(encoder="dense", decoder="flat"),
     "MatrixSAE": dict(encoder="dense", decoder="rank1"),
     "BilinearSAE": dict(encoder="bilinear", decoder="rank1"),
@@ -1029,18 +1354,21 @@ VARIANTS = {                      # the paper's five, and rank 2; then sparsity 
     "BilinearSAE, flat": dict(encoder="bilinear", decoder="flat"),
     "rank 2": dict(encoder="bilinear", decoder="rank2"),
     "tied, BatchTopK": dict(sparsity="batchtopk"),
-    "tied, JumpReLU": dict(sparsity="jumprelu")}
+    "tied, JumpReLU": dict(sparsity="jumprelu"),
+}
 
 
 class Entry(NamedTuple):
     """One dictionary of a comparison."""
+
     sae: WriteSAE
     trained: bool
     seconds: float = 0.0
 
 
 def compared_sae(cell: Cell, settings: dict, X: Factored, args, **how) -> Entry:
-    """A dictionary of these settings, trained on X (gradients if `how` has them), with the time taken."""
+    """A dictionary of these settings, trained on X (gradients if `how` has them), with the time
+    taken."""
     began, rng = time.time(), torch.Generator().manual_seed(settings["seed"])
     sae = new_sae(cell.model, cell.layer, cell.head, settings)
     if settings["metric"] == "read":
@@ -1091,21 +1419,32 @@ def as_pursuit(sae: WriteSAE, active: int) -> WriteSAE:
 
 
 def variants(cell: Cell, settings: dict, X: Factored, args) -> dict[str, Entry]:
-    """The paper's variants on writes (one active) and on states (32), one training budget for all: the
-    same number of steps of the same batch. Then the paper's own recipe, on states."""
+    """The paper's variants on writes (one active) and on states (32), one training budget for all:
+    the same number of steps of the same batch. Then the paper's own recipe, on states."""
     budget = dict(steps=30, batch=128) if args.quick else dict(steps=800, batch=512)
     entries = {"alternating": compared_sae(cell, settings, X, args)}
-    tokens = training_windows(cell.tokenizer, cell.training, 10 if args.quick else 300, CONTEXT,
-                              cell.model.device)
-    states, = writesae.collect(cell.model, tokens, cell.layer, [cell.head], "state")
+    tokens = training_windows(
+        cell.tokenizer, cell.training, 10 if args.quick else 300, CONTEXT, cell.model.device
+    )
+    (states,) = writesae.collect(cell.model, tokens, cell.layer, [cell.head], "state")
     on_states = settings | dict(source="state", metric="frobenius", active=32)
     for name, change in VARIANTS.items():
         entries[name] = compared_sae(cell, settings | change, X, args, **budget)
         entries[name + ", states"] = compared_sae(cell, on_states | change, states, args, **budget)
     recipe = on_states | dict(encoder="bilinear", centred=True)
     steps = 30 if args.quick else min(2000, 20 * len(states.keys) // 256)
-    entry = compared_sae(cell, recipe, states, args, steps=steps, batch=256, lr=3e-4, k_aux=256,
-                         dead_after=100 * 256, resample_every=250)
+    entry = compared_sae(
+        cell,
+        recipe,
+        states,
+        args,
+        steps=steps,
+        batch=256,
+        lr=3e-4,
+        k_aux=256,
+        dead_after=100 * 256,
+        resample_every=250,
+    )
     entries["the paper's recipe"] = entry
     for name in ("the paper's recipe", "BilinearSAE, states"):
         sized = WriteSAE(**entries[name].sae.cfg | dict(scale="least-squares"))
@@ -1118,16 +1457,25 @@ def compare(cell: Cell, args):
     """Rows of one comparison, all from the same branches of the same positions."""
     n = 60 if args.quick else 600
     tokens = training_windows(cell.tokenizer, cell.training, n, CONTEXT, cell.model.device)
-    X, = writesae.collect(cell.model, tokens, cell.layer, [cell.head], progress=progress("writes"))
+    (X,) = writesae.collect(
+        cell.model, tokens, cell.layer, [cell.head], progress=progress("writes")
+    )
     base = new_sae(cell.model, cell.layer, cell.head, sae_settings(args) | dict(atoms=1))
     writesae.set_metric(base, *cell_metric(cell, args.quick))
     cell = cell._replace(sae=base)
     entries = compare_entries(cell, X, args)
     whole = args.what == "active"
-    table = writesae.replacement(cell.model, {name: entry.sae for name, entry in entries.items()},
-                                 cell.passages.tokens, cell.layer, cell.head,
-                                 POSITIONS[::8 if args.quick else 2], cell.rng, whole,
-                                 progress("compare"))
+    table = writesae.replacement(
+        cell.model,
+        {name: entry.sae for name, entry in entries.items()},
+        cell.passages.tokens,
+        cell.layer,
+        cell.head,
+        POSITIONS[:: 8 if args.quick else 2],
+        cell.rng,
+        whole,
+        progress("compare"),
+    )
     table["file"] = cell.passages.file[table["passage"]]
     rows = [compared_row(args.what, name, entry, table, X) for name, entry in entries.items()]
     if args.what == "seeds":
@@ -1147,42 +1495,70 @@ def compared_row(what: str, name: str, entry: Entry, table: Table, X: Factored) 
         left, whole = sae.see(left), sae.see(sample)
         fvu = (writesae.inner(left, left) / writesae.inner(whole, whole)).mean().item()
     used = len(table["index_" + name][table["a_" + name] > 0].unique())
-    return dict(what=what, name=name, encoder=sae.cfg["encoder"], decoder=sae.cfg["decoder"],
-                sparsity=sae.sparsity, source=sae.cfg["source"], n_atoms=sae.n_atoms, active=sae.active,
-                trained=entry.trained, parameters=sum(p.numel() for p in sae.parameters()), fvu=fvu,
-                dead=1 - used / min(sae.n_atoms, len(table["passage"])), **figures,
-                projected_win_rate=(null < delete)[control].double().mean().item(),
-                kl_all=writesae.effect(table, name).mean().item(), seconds=round(entry.seconds, 1))
+    return dict(
+        what=what,
+        name=name,
+        encoder=sae.cfg["encoder"],
+        decoder=sae.cfg["decoder"],
+        sparsity=sae.sparsity,
+        source=sae.cfg["source"],
+        n_atoms=sae.n_atoms,
+        active=sae.active,
+        trained=entry.trained,
+        parameters=sum(p.numel() for p in sae.parameters()),
+        fvu=fvu,
+        dead=1 - used / min(sae.n_atoms, len(table["passage"])),
+        **figures,
+        projected_win_rate=(null < delete)[control].double().mean().item(),
+        kl_all=writesae.effect(table, name).mean().item(),
+        seconds=round(entry.seconds, 1),
+    )
 
 
 def found_again(rows: list[dict], saes: list[WriteSAE]):
-    """Add to each row the share of its atoms that the next dictionary of its kind has too (cosine at
-    least 0.9 in the SAE's coordinates)."""
+    """Add to each row the share of its atoms that the next dictionary of its kind has too (cosine
+    at least 0.9 in the SAE's coordinates)."""
     groups = [[i for i, row in enumerate(rows) if row["trained"] == kind] for kind in (True, False)]
     for group in groups:
         for i, j in zip(group, group[1:] + group[:1]):
             A = saes[i].atoms.at(torch.arange(saes[i].n_atoms))
-            nearest = torch.cat([saes[j].atoms.products(A.rows(part)).amax(1)
-                                 for part in torch.arange(saes[i].n_atoms).split(512)])
+            nearest = torch.cat(
+                [
+                    saes[j].atoms.products(A.rows(part)).amax(1)
+                    for part in torch.arange(saes[i].n_atoms).split(512)
+                ]
+            )
             rows[i]["found_again"] = (nearest >= 0.9).double().mean().item()
 
 
 COMPARE_LEGEND = """\
-Dictionaries side by side, each position of each passage given to all of them. atoms, active: their
-number, and how many code one input.  unexplained: share of energy left on training writes (read metric).
-dead: share of atoms that no tested position used, of those that could be.  cover, win, recovered: as in
-replace, at firings; all: over every position; whole: all active atoms put in, over every position."""
+Dictionaries side by side, each position of each passage given to all of them. atoms, active:
+their number, and how many code one input.  unexplained: share of energy left on training writes
+(read metric). dead: share of atoms that no tested position used, of those that could be.
+cover, win, recovered: as in replace, at firings; all: over every position; whole: all active
+atoms put in, over every position."""
 COMPARE_COLUMNS = {
-    "                            ": "{model} {name:>20}", "atoms": "{n_atoms}", "active": "{active}",
-    "parameters": "{parameters:,}", "unexplained": "{fvu:.3f}", "dead": "{dead:.0%}",
-    "cover": "{coverage:.1%}", "win": "{win_rate:.1%}", "recovered": "{recovered_pooled:.2f}",
-    "all: win": "{win_rate_all:.1%}", "recovered ": "{recovered_pooled_all:.3f}",
-    "whole: win": "{whole_win_rate_all:.1%}", "recovered  ": "{whole_recovered_all:.3f}",
-    "found again": "{found_again:.1%}", "s": "{seconds:.0f}"}
+    "                            ": "{model} {name:>20}",
+    "atoms": "{n_atoms}",
+    "active": "{active}",
+    "parameters": "{parameters:,}",
+    "unexplained": "{fvu:.3f}",
+    "dead": "{dead:.0%}",
+    "cover": "{coverage:.1%}",
+    "win": "{win_rate:.1%}",
+    "recovered": "{recovered_pooled:.2f}",
+    "all: win": "{win_rate_all:.1%}",
+    "recovered ": "{recovered_pooled_all:.3f}",
+    "whole: win": "{whole_win_rate_all:.1%}",
+    "recovered  ": "{whole_recovered_all:.3f}",
+    "found again": "{found_again:.1%}",
+    "s": "{seconds:.0f}",
+}
 
 
 def draw_compare(results: list[dict], tables: list[Table]):
-    """Recovered share of all effects, and coverage, against the number of atoms (or of active ones)."""
+    """Recovered share of all effects, and coverage, against the number of atoms (or of active
+    ones)."""
     figure, axes = panels(2)
     key = "active" if results[0]["what"] == "active" else "n_atoms"
     value = "whole_recovered_all" if key == "active" else "recovered_pooled_all"
@@ -1191,8 +1567,15 @@ def draw_compare(results: list[dict], tables: list[Table]):
             rows = [r for r in results if r["model"] == model and r["trained"] == trained]
             label = model if trained else model + ", untrained"
             for axis, what in zip(axes, (value, "coverage")):
-                axis.plot([r[key] for r in rows], [r[what] for r in rows], line, marker="o", color=colour,
-                          markersize=4, label=label)
+                axis.plot(
+                    [r[key] for r in rows],
+                    [r[what] for r in rows],
+                    line,
+                    marker="o",
+                    color=colour,
+                    markersize=4,
+                    label=label,
+                )
     for axis, title in zip(axes, ("recovered, all positions", "coverage")):
         axis.set(xscale="log", xlabel="active atoms" if key == "active" else "atoms", title=title)
     axes[0].legend(fontsize=8)
@@ -1200,16 +1583,25 @@ def draw_compare(results: list[dict], tables: list[Table]):
 
 
 EXPERIMENTS = {
-    "replace": Experiment(replace, REPLACE_COLUMNS, replace_rows, REPLACE_LEGEND, draw=draw_replace,
-                          all_cells=replace_cells),
-    "formula": Experiment(formula, FORMULA_COLUMNS, formula_rows, FORMULA_LEGEND, (100, 8),
-                          draw=draw_formula),
-    "steer": Experiment(steer, STEER_COLUMNS, steer_rows, STEER_LEGEND, (40, 8), needs_sae=False,
-                        draw=draw_steer),
+    "replace": Experiment(
+        replace,
+        REPLACE_COLUMNS,
+        replace_rows,
+        REPLACE_LEGEND,
+        draw=draw_replace,
+        all_cells=replace_cells,
+    ),
+    "formula": Experiment(
+        formula, FORMULA_COLUMNS, formula_rows, FORMULA_LEGEND, (100, 8), draw=draw_formula
+    ),
+    "steer": Experiment(
+        steer, STEER_COLUMNS, steer_rows, STEER_LEGEND, (40, 8), needs_sae=False, draw=draw_steer
+    ),
     "erase": Experiment(erase, ERASE_COLUMNS, erase_rows, ERASE_LEGEND, (1600, 80)),
     "atoms": Experiment(atoms, ATOMS_COLUMNS, atoms_rows, ATOMS_LEGEND, (400, 60), draw=draw_atoms),
-    "compare": Experiment(compare, COMPARE_COLUMNS, list, COMPARE_LEGEND, (60, 12), needs_sae=False,
-                          draw=draw_compare),
+    "compare": Experiment(
+        compare, COMPARE_COLUMNS, list, COMPARE_LEGEND, (60, 12), needs_sae=False, draw=draw_compare
+    ),
 }
 
 
@@ -1236,20 +1628,23 @@ def bench_branches(name: str, args, runs: int) -> dict:
     before token t: by A_t⁻¹ X, which A_t makes X. The KLs are asserted equal."""
     import copy
     import transformers
+
     model = open_model(name, args)
     peer = transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32)
     P, t, (layer, head) = 8, 64, (1, 0)
-    tokens = torch.randint(model.vocab, (P, t + HORIZONS), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        model.vocab, (P, t + HORIZONS), generator=torch.Generator().manual_seed(0)
+    )
     p = next(writesae.points(model, tokens, layer, head, [t]))
     change = p.write().times(-torch.ones(P))
     key = dict(gdn="past_key_values", mamba2="cache_params")[name]
     start = peer(tokens[:, :t], use_cache=True)[key]
     native = peer(tokens).logits[:, t:].log_softmax(-1)
     s = p.s.times(0, 1)
-    A = torch.diag_embed(s.log_decay[:, 0, 0].exp().expand(-1, s.k.shape[-1]))            # [P, K, K]
+    A = torch.diag_embed(s.log_decay[:, 0, 0].exp().expand(-1, s.k.shape[-1]))  # [P, K, K]
     if s.erase_in is not None:
         A = A - models.outer(s.erase_out[:, 0, 0], s.erase_in[:, 0, 0])
-    before = torch.linalg.solve(A.double(), change.matrix().double()).float()             # [P, K, V]
+    before = torch.linalg.solve(A.double(), change.matrix().double()).float()  # [P, K, V]
 
     def ours() -> Tensor:
         return writesae.kl_divergence(p.logp, p.branch(change))
@@ -1257,7 +1652,7 @@ def bench_branches(name: str, args, runs: int) -> dict:
     def theirs() -> Tensor:
         cache = copy.deepcopy(start)
         state = cache.layers[layer].recurrent_states[0][:, head]
-        state += before if name == "gdn" else before.mT                    # Mamba-2's is value first
+        state += before if name == "gdn" else before.mT  # Mamba-2's is value first
         steps = [tokens[:, t:]] if name == "gdn" else tokens[:, t:].split(1, 1)
         logits = []
         for step in steps:
@@ -1267,14 +1662,20 @@ def bench_branches(name: str, args, runs: int) -> dict:
 
     torch.testing.assert_close(ours(), theirs(), rtol=1e-2, atol=1e-6)
     seconds = paired(ours, theirs, runs)
-    return dict(name=f"{name}: branches of a run", ours=P / seconds[0], peer=P / seconds[1],
-                peer_name="transformers", unit="branches/s")
+    return dict(
+        name=f"{name}: branches of a run",
+        ours=P / seconds[0],
+        peer=P / seconds[1],
+        peer_name="transformers",
+        unit="branches/s",
+    )
 
 
 @torch.no_grad()
 def bench_reading(name: str, folder: str, T: int, args, runs: int) -> dict:
     """Reading T tokens (T = 1: one more token after 64) against transformers."""
     import transformers
+
     model = open_model(folder, args)
     dtype = model.unembedding.dtype
     peer = transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=dtype)
@@ -1286,11 +1687,17 @@ def bench_reading(name: str, folder: str, T: int, args, runs: int) -> dict:
         _, cache = model(tokens[:, :64])
         key = dict(gdn="past_key_values", mamba2="cache_params")[model.architecture]
         theirs = {key: peer(tokens[:, :64], use_cache=True)[key], "use_cache": True}
-        seconds = paired(lambda: model(tokens[:, 64:], cache), lambda: peer(tokens[:, 64:], **theirs),
-                         4 * runs)
+        seconds = paired(
+            lambda: model(tokens[:, 64:], cache), lambda: peer(tokens[:, 64:], **theirs), 4 * runs
+        )
         what = "one token more"
-    return dict(name=f"{name}: {what}", ours=T / seconds[0], peer=T / seconds[1],
-                peer_name="transformers", unit="tokens/s")
+    return dict(
+        name=f"{name}: {what}",
+        ours=T / seconds[0],
+        peer=T / seconds[1],
+        peer_name="transformers",
+        unit="tokens/s",
+    )
 
 
 def bench_training(size: int, runs: int) -> dict:
@@ -1301,12 +1708,18 @@ def bench_training(size: int, runs: int) -> dict:
 
     def steps_on(inputs: Factored) -> Callable:
         sae = WriteSAE(2048, size, size)
-        return lambda: writesae.fit_gradient(sae, inputs, torch.Generator().manual_seed(0), steps=2,
-                                             batch=256)
+        return lambda: writesae.fit_gradient(
+            sae, inputs, torch.Generator().manual_seed(0), steps=2, batch=256
+        )
 
     seconds = paired(steps_on(X), steps_on(writesae.matrix_of(X.matrix())), runs)
-    return dict(name=f"SAE step, writes of {size} x {size}", ours=2 / seconds[0], peer=2 / seconds[1],
-                peer_name="on matrices", unit="steps/s")
+    return dict(
+        name=f"SAE step, writes of {size} x {size}",
+        ours=2 / seconds[0],
+        peer=2 / seconds[1],
+        peer_name="on matrices",
+        unit="steps/s",
+    )
 
 
 @torch.no_grad()
@@ -1315,23 +1728,37 @@ def bench_length(name: str, args, runs: int) -> dict:
     model = open_model(name, args)
     tokens = torch.randint(model.vocab, (1, 8192), generator=torch.Generator().manual_seed(0))
     seconds = paired(lambda: model(tokens), lambda: model(tokens[:, :1024]), runs)
-    return dict(name=f"{name}: cost of length", ours=8192 / seconds[0], peer=1024 / seconds[1],
-                peer_name="itself at 1,024", unit="tokens/s")
+    return dict(
+        name=f"{name}: cost of length",
+        ours=8192 / seconds[0],
+        peer=1024 / seconds[1],
+        peer_name="itself at 1,024",
+        unit="tokens/s",
+    )
 
 
 def bench(args) -> int:
     """Every row as soon as it is measured; ratio > 1: ours is better."""
     runs, rows = 2 if args.quick else 5, []
-    printer = TablePrinter({"what                        ": "{name}", "ours": "{ours:,.1f}",
-                            "peer": "{peer:,.1f}", "unit      ": "{unit}", "ratio": "{ratio:.2f}",
-                            "peer is      ": "{peer_name}"})
+    printer = TablePrinter(
+        {
+            "what                        ": "{name}",
+            "ours": "{ours:,.1f}",
+            "peer": "{peer:,.1f}",
+            "unit      ": "{unit}",
+            "ratio": "{ratio:.2f}",
+            "peer is      ": "{peer_name}",
+        }
+    )
     jobs = [lambda name=name: bench_branches(name, args, runs) for name in ("gdn", "mamba2")]
     for name in ("gdn", "mamba2"):
         for T in (512, 1) if args.quick else (512, 4096, 1):
             jobs.append(lambda name=name, T=T: bench_reading(name, name, T, args, runs))
     if args.model not in (None, *EMBEDDED):
         jobs = [lambda T=T: bench_reading(args.model, args.model, T, args, runs) for T in (512, 1)]
-    jobs += [lambda size=size: bench_training(size, runs) for size in (64, 128)[:1 if args.quick else 2]]
+    jobs += [
+        lambda size=size: bench_training(size, runs) for size in (64, 128)[: 1 if args.quick else 2]
+    ]
     if not args.quick:
         jobs += [lambda name=name: bench_length(name, args, runs) for name in EMBEDDED]
     for job in jobs:
@@ -1351,22 +1778,49 @@ def picture(args) -> int:
     figure, (axis,) = panels(1, 9.6, 3.1)
     axis.set(xlim=(0, 16), ylim=(0, 5))
     axis.axis("off")
-    boxes = [(1.6, 3.6, "write\n$k\\,v^\\top$", "tab:orange"), (1.6, 1.2, "atom\n$a\\,A_i$", "tab:blue"),
-             (6.2, 3.6, "state $S_t$", "tab:orange"), (6.2, 1.2, "state $S_t - k v^\\top + a A_i$", "tab:blue"),
-             (10.6, 3.6, "ten more reads", "tab:orange"), (10.6, 1.2, "the same reads", "tab:blue"),
-             (14.4, 2.4, "KL\nnative ‖ edited", "black")]
+    boxes = [
+        (1.6, 3.6, "write\n$k\\,v^\\top$", "tab:orange"),
+        (1.6, 1.2, "atom\n$a\\,A_i$", "tab:blue"),
+        (6.2, 3.6, "state $S_t$", "tab:orange"),
+        (6.2, 1.2, "state $S_t - k v^\\top + a A_i$", "tab:blue"),
+        (10.6, 3.6, "ten more reads", "tab:orange"),
+        (10.6, 1.2, "the same reads", "tab:blue"),
+        (14.4, 2.4, "KL\nnative ‖ edited", "black"),
+    ]
     for x, y, text, colour in boxes:
-        axis.text(x, y, text, ha="center", va="center", fontsize=12,
-                  bbox=dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor=colour, linewidth=2))
-    arrows = [((2.5, 3.6), (5.3, 3.6)), ((2.5, 1.2), (4.0, 1.2)), ((7.2, 3.6), (9.0, 3.6)),
-              ((8.4, 1.2), (9.1, 1.2)), ((12.2, 3.6), (13.4, 2.9)), ((12.2, 1.2), (13.4, 1.9))]
+        axis.text(
+            x,
+            y,
+            text,
+            ha="center",
+            va="center",
+            fontsize=12,
+            bbox=dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor=colour, linewidth=2),
+        )
+    arrows = [
+        ((2.5, 3.6), (5.3, 3.6)),
+        ((2.5, 1.2), (4.0, 1.2)),
+        ((7.2, 3.6), (9.0, 3.6)),
+        ((8.4, 1.2), (9.1, 1.2)),
+        ((12.2, 3.6), (13.4, 2.9)),
+        ((12.2, 1.2), (13.4, 1.9)),
+    ]
     for start, end in arrows:
-        axis.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", linewidth=1.5, color="grey"))
-    axis.annotate("", (1.6, 1.9), (1.6, 2.9), arrowprops=dict(arrowstyle="-|>", linewidth=1.5, color="grey"))
+        axis.annotate(
+            "", end, start, arrowprops=dict(arrowstyle="-|>", linewidth=1.5, color="grey")
+        )
+    axis.annotate(
+        "", (1.6, 1.9), (1.6, 2.9), arrowprops=dict(arrowstyle="-|>", linewidth=1.5, color="grey")
+    )
     axis.text(1.8, 2.4, "coded by its\ndominant atom", fontsize=9, va="center")
     axis.text(0.2, 4.7, "the unmodified model", fontsize=10, color="tab:orange")
-    axis.text(0.2, 0.2, "one write exchanged for its atom; for nothing, an untrained atom, a random direction",
-              fontsize=10, color="tab:blue")
+    axis.text(
+        0.2,
+        0.2,
+        "one write exchanged for its atom; for nothing, an untrained atom, a random direction",
+        fontsize=10,
+        color="tab:blue",
+    )
     save_then_rename(lambda path: figure.savefig(path, dpi=130, format="png"), args.plot)
     return 0
 
@@ -1375,15 +1829,17 @@ def picture(args) -> int:
 # train: SAEs of cells
 # --------------------------------------------------------------------------------------------------
 def train(args) -> int:
-    """Train the SAEs of the chosen cells and save each; those that are there already are left, so that
-    a run that was stopped goes on where it was."""
+    """Train the SAEs of the chosen cells and save each; those that are there already are left, so
+    that a run that was stopped goes on where it was."""
     training, _ = choose_text(args)
     jobs = []
     for name in args.models:
         model = open_model(name, args)
         cells = chosen_cells(model, args)
-        jobs += [(name, layer, [head for i, head in cells if i == layer])
-                 for layer in sorted({layer for layer, _ in cells})]
+        jobs += [
+            (name, layer, [head for i, head in cells if i == layer])
+            for layer in sorted({layer for layer, _ in cells})
+        ]
     for name, layer, heads in shared_out(jobs):
         model = open_model(name, args)
         cell = Cell(model, layer, heads[0], models.load_tokenizer(model), None, training, None)
@@ -1392,7 +1848,9 @@ def train(args) -> int:
         for head in there:
             say(f"{paths[head]} exists and is left as it is; --force trains it again")
         if there and len(heads) == 1:
-            raise InputError(f"{paths[heads[0]]} exists; --force writes over it, --sae FILE names another")
+            raise InputError(
+                f"{paths[heads[0]]} exists; --force writes over it, --sae FILE names another"
+            )
         missing = [head for head in heads if head not in there]
         for head, sae in zip(missing, train_saes(cell, missing, args) if missing else []):
             sae.save(paths[head])
@@ -1407,34 +1865,73 @@ COMMON = dict(vocab_size=2048, hidden_size=128, bos_token_id=0, eos_token_id=0)
 # Few heads of 32 x 32 and 0.9 to 1.4 million parameters, so that two CPU cores can train them.
 SHAPES = {
     "gdn": dict(
-        model_type="qwen3_5_text", architectures=["Qwen3_5ForCausalLM"], num_hidden_layers=4,
-        intermediate_size=384, linear_num_key_heads=4, linear_num_value_heads=4,
-        linear_key_head_dim=32, linear_value_head_dim=32, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, full_attention_interval=4, tie_word_embeddings=True,
+        model_type="qwen3_5_text",
+        architectures=["Qwen3_5ForCausalLM"],
+        num_hidden_layers=4,
+        intermediate_size=384,
+        linear_num_key_heads=4,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        full_attention_interval=4,
+        tie_word_embeddings=True,
         rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
-        max_position_embeddings=4096, **COMMON),
+        max_position_embeddings=4096,
+        **COMMON,
+    ),
     "mamba2": dict(
-        model_type="mamba2", architectures=["Mamba2ForCausalLM"], num_hidden_layers=6, num_heads=8,
-        head_dim=32, n_groups=1, state_size=32, expand=2, conv_kernel=4, chunk_size=64,
-        tie_word_embeddings=True, time_step_limit=[0.0, {"__float__": "Infinity"}], **COMMON),
+        model_type="mamba2",
+        architectures=["Mamba2ForCausalLM"],
+        num_hidden_layers=6,
+        num_heads=8,
+        head_dim=32,
+        n_groups=1,
+        state_size=32,
+        expand=2,
+        conv_kernel=4,
+        chunk_size=64,
+        tie_word_embeddings=True,
+        time_step_limit=[0.0, {"__float__": "Infinity"}],
+        **COMMON,
+    ),
     "rwkv7": dict(
-        model_type="rwkv7", architectures=["RWKV7ForCausalLM"], num_hidden_layers=4, head_dim=32,
-        intermediate_size=512, decay_low_rank_dim=16, a_low_rank_dim=16, v_low_rank_dim=16,
-        gate_low_rank_dim=32, norm_eps=1e-5, **COMMON)}
-BATCH = 8            # windows a step: with Muon, many small steps are the better use of a CPU's hours
-SAVE_EVERY = 200     # steps: what a run that is stopped goes on from
-PEAK_LR = 1.2e-2     # of both optimisers, after a short warm-up; then linearly to zero
+        model_type="rwkv7",
+        architectures=["RWKV7ForCausalLM"],
+        num_hidden_layers=4,
+        head_dim=32,
+        intermediate_size=512,
+        decay_low_rank_dim=16,
+        a_low_rank_dim=16,
+        v_low_rank_dim=16,
+        gate_low_rank_dim=32,
+        norm_eps=1e-5,
+        **COMMON,
+    ),
+}
+BATCH = 8  # windows a step: with Muon, many small steps are the better use of a CPU's hours
+SAVE_EVERY = 200  # steps: what a run that is stopped goes on from
+PEAK_LR = 1.2e-2  # of both optimisers, after a short warm-up; then linearly to zero
 
 
 def train_tokenizer(texts, vocab: int):
     """Byte-level BPE with vocab entries; entry 0 separates files."""
     from tokenizers import Tokenizer, decoders, models as kinds, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(kinds.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=["<|endoftext|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=["<|endoftext|>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return tokenizer
 
 
@@ -1448,8 +1945,9 @@ def encode_files(tokenizer, files: dict[str, str]) -> Tensor:
 
 @torch.no_grad()
 def initialise(model: LanguageModel, generator: torch.Generator):
-    """Draw starting weights, in place: matrices ~ N(0, 1/width), maps back to the stream zero, gates
-    as in the papers."""
+    """Draw starting weights, in place: matrices ~ N(0, 1/width), maps back to the stream zero,
+    gates as in the papers."""
+
     def uniform(n: int, low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(n, generator=generator)
 
@@ -1465,19 +1963,20 @@ def initialise(model: LanguageModel, generator: torch.Generator):
             if module.bias is not None:
                 module.bias.zero_()
     for module in model.modules():
-        if isinstance(module, models.GatedDeltaNet):      # decays e^{−A Δ}, A 1 to 16, Δ 0.001 to 0.1
+        if isinstance(module, models.GatedDeltaNet):  # decays e^{−A Δ}, A 1 to 16, Δ 0.001 to 0.1
             module.A_log.copy_(uniform(module.heads, 1, 16).log())
             module.dt_bias.copy_(inverse_softplus(uniform(module.heads, -6.9, -2.3).exp()))
         elif isinstance(module, models.Mamba2):
-            # Here Δ scales the write too. The paper's 0.001 to 0.1 leaves it so small beside the skip
-            # D x that a short training never uses the state: start with Δ 0.1 to 1 and no skip.
+            # Here Δ scales the write too. The paper's 0.001 to 0.1 leaves it so small beside the
+            # skip D x that a short training never uses the state: start with Δ 0.1 to 1 and no
+            # skip.
             module.A_log.copy_(uniform(module.heads, math.log(0.1), math.log(2)))
             module.dt_bias.copy_(inverse_softplus(uniform(module.heads, math.log(0.1), 0).exp()))
             module.D.zero_()
         elif isinstance(module, models.RWKV7):
             ramp = torch.linspace(0, 1, module.x_r.numel())
             for c, power in zip("rwkvag", (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)):
-                getattr(module, f"x_{c}").copy_(1 - ramp ** power)
+                getattr(module, f"x_{c}").copy_(1 - ramp**power)
             module.w_lora[2].bias.copy_(-6 + 6.5 * torch.linspace(0, 1, module.heads * module.K))
         elif isinstance(module, models.ChannelMix):
             module.x_k.copy_(1 - torch.linspace(0, 1, module.x_k.numel()) ** 2)
@@ -1494,34 +1993,38 @@ def optimisers(model: LanguageModel) -> list[torch.optim.Optimizer]:
     for name, p in model.named_parameters():
         inside = name.startswith("layers") and p.dim() == 2 and min(p.shape) >= 32
         (matrices if inside else others).append(p)
-    return [torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.95))]
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
 
 
 def training_batch(tokens: Tensor, seed: int, step: int) -> Tensor:
-    """The step-th batch [BATCH, CONTEXT + 1]: every epoch cuts the text at new places and shuffles."""
+    """The step-th batch [BATCH, CONTEXT + 1]: every epoch cuts the text at new places and
+    shuffles."""
     per_epoch = (len(tokens) - 2 * CONTEXT) // CONTEXT // BATCH
     epoch, i = divmod(step, per_epoch)
     generator = torch.Generator().manual_seed(seed * 1000 + epoch)
     offset = torch.randint(CONTEXT, (1,), generator=generator)
-    order = torch.randperm(per_epoch * BATCH, generator=generator)[i * BATCH:(i + 1) * BATCH]
+    order = torch.randperm(per_epoch * BATCH, generator=generator)[i * BATCH : (i + 1) * BATCH]
     return tokens[offset + order[:, None] * CONTEXT + torch.arange(CONTEXT + 1)]
 
 
 @torch.inference_mode()
-def bits_per_byte(model: LanguageModel, tokens: Tensor, bytes_per_token: float,
-                  limit: int | None = None) -> float:
-    """Held-out cross-entropy in bits per byte of text (lower is better): windows of CONTEXT tokens that
-    move by half a window, each token scored once, with half a window or more before it.
+def bits_per_byte(
+    model: LanguageModel, tokens: Tensor, bytes_per_token: float, limit: int | None = None
+) -> float:
+    """Held-out cross-entropy in bits per byte of text (lower is better): windows of CONTEXT tokens
+    that move by half a window, each token scored once, with half a window or more before it.
     limit: only so many windows, spread evenly."""
     half, nats = CONTEXT // 2, []
     starts = torch.arange(0, len(tokens) - CONTEXT - 1, half)
     if limit:
-        starts = starts[::max(1, len(starts) // limit)]
+        starts = starts[:: max(1, len(starts) // limit)]
     for part in starts.split(16):
         x = tokens[part[:, None] + torch.arange(CONTEXT + 1)].to(model.device)
         logits = model(x[:, :-1])[0][:, half:]
-        nats.append(F.cross_entropy(logits.float().mT, x[:, half + 1:], reduction="none").cpu())
+        nats.append(F.cross_entropy(logits.float().mT, x[:, half + 1 :], reduction="none").cpu())
     return torch.cat(nats).mean().item() / math.log(2) / bytes_per_token
 
 
@@ -1530,8 +2033,10 @@ def pretrain(args) -> int:
     for name in args.models:
         folder = os.path.join(args.out, name)
         if os.path.exists(os.path.join(folder, "model.safetensors")) and not args.force:
-            raise InputError(f"{folder} holds a model; --force writes over it, --out FOLDER names another "
-                             "place")
+            raise InputError(
+                f"{folder} holds a model; --force writes over it, --out FOLDER names another "
+                "place"
+            )
         os.makedirs(folder, exist_ok=True)
         pretrain_one(name, folder, args)
     return 0
@@ -1546,10 +2051,13 @@ def pretrain_one(name: str, folder: str, args):
     model = models.build(SHAPES[name]).to(pick_device(args.device))
     initialise(model, torch.Generator().manual_seed(args.seed))
     steps = max(1, (50_000 if args.quick else args.tokens) // (CONTEXT * BATCH))
-    say(f"pretrain {name}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{len(train_tokens):,} training tokens, {len(test_tokens):,} held out ({bytes_per_token:.2f} "
-        f"bytes each), {steps:,} steps of {BATCH} x {CONTEXT} tokens, {model.device}, bf16 products "
-        f"(fp32 weights and recurrence), seed {args.seed}")
+    say(
+        f"pretrain {name}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(train_tokens):,} training tokens, {len(test_tokens):,} held out "
+        f"({bytes_per_token:.2f} bytes each), {steps:,} steps of {BATCH} x {CONTEXT} tokens, "
+        f"{model.device}, bf16 products "
+        f"(fp32 weights and recurrence), seed {args.seed}"
+    )
     run = TrainingRun(model, optimisers(model), steps, os.path.join(folder, "resume.pt"))
     bpb = math.nan
     for step in tqdm(range(run.resume(), steps), total=steps, file=sys.stderr, disable=None):
@@ -1560,7 +2068,7 @@ def pretrain_one(name: str, folder: str, args):
             bpb = bits_per_byte(model, test_tokens, bytes_per_token, limit)
             say(f"step {done:5d}  train {loss:.3f} nats/token  held-out {bpb:.3f} bits/byte")
             run.save(done)
-    if math.isnan(bpb):                                          # it had stopped after its last step
+    if math.isnan(bpb):  # it had stopped after its last step
         bpb = bits_per_byte(model, test_tokens, bytes_per_token, 64 if args.quick else None)
     how = dict(steps=steps, tokens=steps * CONTEXT * BATCH, held_out_bits_per_byte=round(bpb, 4))
     models.save(model, SHAPES[name] | dict(pretraining=how), folder)
@@ -1571,6 +2079,7 @@ def pretrain_one(name: str, folder: str, args):
 
 class TrainingRun(NamedTuple):
     """A model in training, its optimisers, and the file that it can go on from."""
+
     model: LanguageModel
     optimisers: list[torch.optim.Optimizer]
     steps: int
@@ -1585,15 +2094,21 @@ class TrainingRun(NamedTuple):
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = PEAK_LR * min(1, (step + 1) / 100, (self.steps - step) / (0.9 * self.steps))
+                group["lr"] = PEAK_LR * min(
+                    1, (step + 1) / 100, (self.steps - step) / (0.9 * self.steps)
+                )
             optimiser.step()
             optimiser.zero_grad()
         return loss.item()
 
     def save(self, done: int):
         """Everything that the next step depends on."""
-        saved = dict(step=done, steps=self.steps, model=self.model.state_dict(),
-                     optimisers=[optimiser.state_dict() for optimiser in self.optimisers])
+        saved = dict(
+            step=done,
+            steps=self.steps,
+            model=self.model.state_dict(),
+            optimisers=[optimiser.state_dict() for optimiser in self.optimisers],
+        )
         save_then_rename(lambda path: torch.save(saved, path), self.path)
 
     def resume(self) -> int:
@@ -1644,25 +2159,54 @@ def finite(text: str) -> float:
 
 def add_common(p: Parser):
     """What every command takes."""
-    p.add_argument("--model", help="gdn, mamba2, rwkv7 (default: all three), a folder, or a hub id such as "
-                   "Qwen/Qwen3.5-0.8B")
+    p.add_argument(
+        "--model",
+        help="gdn, mamba2, rwkv7 (default: all three), a folder, or a hub id such as "
+        "Qwen/Qwen3.5-0.8B",
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--quick", action="store_true", help="the same code on a small sample, in seconds")
-    p.add_argument("--train-text", metavar="FILE|FOLDER", help="train on this text, not Python's own; of a "
-                   "folder one file in ten is held out for the test")
-    p.set_defaults(text=None, source="write", sae=None, saes=None, layer=None, head="0", dtype="fp32",
-                   steps=None, atoms=None, cosine_min=None, passages=None, json=None, records=None,
-                   plot=None, markdown=None)
+    p.add_argument(
+        "--quick", action="store_true", help="the same code on a small sample, in seconds"
+    )
+    p.add_argument(
+        "--train-text",
+        metavar="FILE|FOLDER",
+        help="train on this text, not Python's own; of a "
+        "folder one file in ten is held out for the test",
+    )
+    p.set_defaults(
+        text=None,
+        source="write",
+        sae=None,
+        saes=None,
+        layer=None,
+        head="0",
+        dtype="fp32",
+        steps=None,
+        atoms=None,
+        cosine_min=None,
+        passages=None,
+        json=None,
+        records=None,
+        plot=None,
+        markdown=None,
+    )
 
 
 def add_cell(p: Parser, all_of_them: bool = True):
     """Which cell of the model."""
     also = ", or all" if all_of_them else ""
-    p.add_argument("--layer", help=f"a recurrent layer, from 0{also} (default: the second recurrent one)")
+    p.add_argument(
+        "--layer", help=f"a recurrent layer, from 0{also} (default: the second recurrent one)"
+    )
     p.add_argument("--head", default="0", help=f"a head, from 0{also} (default 0)")
-    p.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"],
-                   help="of the weights; recurrence and KL are fp32 always")
+    p.add_argument(
+        "--dtype",
+        default="fp32",
+        choices=["fp32", "bf16"],
+        help="of the weights; recurrence and KL are fp32 always",
+    )
 
 
 def add_test(p: Parser):
@@ -1672,17 +2216,27 @@ def add_test(p: Parser):
     p.add_argument("--json", metavar="FILE", help="write the results there")
     p.add_argument("--records", metavar="FILE", help="write one JSON line per tested thing there")
     p.add_argument("--plot", metavar="FILE.png", help="draw the picture there")
-    p.add_argument("--markdown", metavar="FILE.md", help="write the table there, in its own section")
+    p.add_argument(
+        "--markdown", metavar="FILE.md", help="write the table there, in its own section"
+    )
 
 
 def add_sae(p: Parser):
     """Which SAE."""
     p.add_argument("--sae", metavar="FILE", help="this SAE instead of the one beside the model")
-    p.add_argument("--saes", metavar="FOLDER", help="look for SAEs, and keep new ones, in this folder")
+    p.add_argument(
+        "--saes", metavar="FOLDER", help="look for SAEs, and keep new ones, in this folder"
+    )
     p.add_argument("--atoms", type=positive, help="an SAE of this many atoms")
-    p.add_argument("--source", default="write", choices=list(SAE_DEFAULTS),
-                   help="what the SAE codes (state: as in the paper)")
-    p.add_argument("--cosine-min", type=finite, help=f"least cosine of a firing (default {COSINE_MIN})")
+    p.add_argument(
+        "--source",
+        default="write",
+        choices=list(SAE_DEFAULTS),
+        help="what the SAE codes (state: as in the paper)",
+    )
+    p.add_argument(
+        "--cosine-min", type=finite, help=f"least cosine of a firing (default {COSINE_MIN})"
+    )
 
 
 def add_settings(p: Parser):
@@ -1698,9 +2252,12 @@ def add_settings(p: Parser):
 
 def make_parser() -> Parser:
     """A subparser per command, each with only its own options."""
-    parser = Parser(prog="run.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    parser = Parser(
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser
+    )
 
     def command(name: str, *groups, example: str = "") -> Parser:
         p = commands.add_parser(name, epilog=f"example: python run.py {name} {example}")
@@ -1710,7 +2267,9 @@ def make_parser() -> Parser:
 
     command("replace", add_cell, add_test, add_sae, example="--model gdn --layer all --head all")
     command("formula", add_cell, add_test, add_sae, example="--model rwkv7 --quick")
-    p = command("steer", add_cell, add_test, example="--model gdn --prompt 'def f(x):' --target ' yield'")
+    p = command(
+        "steer", add_cell, add_test, example="--model gdn --prompt 'def f(x):' --target ' yield'"
+    )
     add_steering(p)
     command("erase", add_cell, add_test, add_sae, example="--model mamba2")
     p = command("atoms", add_cell, add_test, add_sae, example="--model gdn --atom 656")
@@ -1720,11 +2279,15 @@ def make_parser() -> Parser:
     p = command("bench", add_cell, example="--quick")
     p.add_argument("--json", metavar="FILE", help="write the results there")
     p = command("picture", example="--plot figures/method.png")
-    p.add_argument("--plot", metavar="FILE.png", default=os.path.join(HERE, "figures", "method.png"))
+    p.add_argument(
+        "--plot", metavar="FILE.png", default=os.path.join(HERE, "figures", "method.png")
+    )
     command("train", add_cell, add_sae, add_settings, example="--model rwkv7 --layer 2 --head all")
     p = command("pretrain", example="--model mamba2 --out /tmp/models")
     p.add_argument("--tokens", type=positive, default=8_192_000, help="training tokens in all")
-    p.add_argument("--out", default=os.path.join(HERE, "checkpoints"), help="where the model's folder goes")
+    p.add_argument(
+        "--out", default=os.path.join(HERE, "checkpoints"), help="where the model's folder goes"
+    )
     p.add_argument("--force", action="store_true", help="write over a model that is there")
     return parser
 
@@ -1735,8 +2298,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.models = [args.model] if args.model else list(EMBEDDED)
     words = list(sys.argv[1:] if argv is None else argv)
     outputs = ("--json", "--plot", "--records", "--markdown")
-    args.words = [word for before, word in zip(["", *words], words)
-                  if word not in outputs and before not in outputs]
+    args.words = [
+        word
+        for before, word in zip(["", *words], words)
+        if word not in outputs and before not in outputs
+    ]
     for path in filter(None, (args.json, args.records, args.plot, args.markdown)):
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise InputError(f"{path}: cannot be written, its folder does not exist; make it first")

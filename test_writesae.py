@@ -2,6 +2,7 @@
 
 Every shape here has K ≠ V, because square heads hide transposed ones.
 """
+
 import ast
 import doctest
 import json
@@ -14,8 +15,12 @@ import subprocess
 import sys
 
 # before imports
-os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "HF_HUB_OFFLINE": "1",
-               "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {
+    "RWKV_V7_ON": "1",
+    "RWKV_JIT_ON": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 import numpy as np
 import pytest
@@ -28,16 +33,42 @@ from torch.testing import assert_close
 import models
 import run
 import writesae
-from models import (Block, ChannelMix, Edit, InputError, LanguageModel, RWKV7, StepInputs, load,
-                    load_tokenizer, propagate, recurrence, recurrence_chunked, states)
-from writesae import (Factored, WriteSAE, fit_alternating, fit_gradient, inner, matrix_of, replacement,
-                      write_of)
+from models import (
+    Block,
+    ChannelMix,
+    Edit,
+    InputError,
+    LanguageModel,
+    RWKV7,
+    StepInputs,
+    load,
+    load_tokenizer,
+    propagate,
+    recurrence,
+    recurrence_chunked,
+    states,
+)
+from writesae import (
+    Factored,
+    WriteSAE,
+    fit_alternating,
+    fit_gradient,
+    inner,
+    matrix_of,
+    replacement,
+    write_of,
+)
 
-settings.register_profile("here", derandomize=True, deadline=None, max_examples=25,
-                          suppress_health_check=list(HealthCheck))
+settings.register_profile(
+    "here",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=list(HealthCheck),
+)
 settings.load_profile("here")
-torch.set_num_threads(1)      # everything here is tiny: a second thread only waits
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")     # of rwkv
+torch.set_num_threads(1)  # everything here is tiny: a second thread only waits
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of rwkv
 ARCHITECTURES = ("gdn", "mamba2", "rwkv7")
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -52,7 +83,7 @@ def random_steps(kind: str, seed: int, B=2, T=20, H=3, K=6, V=4) -> StepInputs:
     q, k, unit = (torch.randn(B, T, H, K, generator=g) for _ in range(3))
     v, unit = torch.randn(B, T, H, V, generator=g), F.normalize(unit, dim=-1)
     share, shares = torch.rand(B, T, H, 1, generator=g), torch.rand(B, T, H, K, generator=g)
-    log_decay = -20 * torch.rand(B, T, H, 1, generator=g) ** 4           # from no decay to e^-20
+    log_decay = -20 * torch.rand(B, T, H, 1, generator=g) ** 4  # from no decay to e^-20
     if kind == "mamba2":
         return StepInputs(q, k, v, log_decay)
     if kind == "gdn":
@@ -65,15 +96,40 @@ def tiny_config(kind: str, vocab=61, **changes) -> dict:
     """A small hub config of the architecture."""
     rope = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)
     own = dict(
-        gdn=dict(model_type="qwen3_5_text", intermediate_size=40, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
-                 linear_key_head_dim=8, linear_value_head_dim=6, rope_parameters=rope,
-                 tie_word_embeddings=True),
-        mamba2=dict(model_type="mamba2", num_heads=8, head_dim=8, state_size=12, n_groups=2, expand=2,
-                    chunk_size=16),
-        rwkv7=dict(model_type="rwkv7", hidden_size=128, head_dim=64, intermediate_size=96,
-                   decay_low_rank_dim=8, a_low_rank_dim=6, v_low_rank_dim=5, gate_low_rank_dim=7,
-                   norm_eps=1e-5))
+        gdn=dict(
+            model_type="qwen3_5_text",
+            intermediate_size=40,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=6,
+            rope_parameters=rope,
+            tie_word_embeddings=True,
+        ),
+        mamba2=dict(
+            model_type="mamba2",
+            num_heads=8,
+            head_dim=8,
+            state_size=12,
+            n_groups=2,
+            expand=2,
+            chunk_size=16,
+        ),
+        rwkv7=dict(
+            model_type="rwkv7",
+            hidden_size=128,
+            head_dim=64,
+            intermediate_size=96,
+            decay_low_rank_dim=8,
+            a_low_rank_dim=6,
+            v_low_rank_dim=5,
+            gate_low_rank_dim=7,
+            norm_eps=1e-5,
+        ),
+    )
     return dict(vocab_size=vocab, hidden_size=32, num_hidden_layers=4) | own[kind] | changes
 
 
@@ -111,16 +167,25 @@ def test_the_examples_in_the_docstrings_hold():
 
 def test_two_tokens_by_hand():
     """S_1 = k_1 v_1ᵀ; S_2 halves it, takes out what lies along k_1, and writes k_2 v_2ᵀ."""
-    def one(*rows):                                                       # [T, ·] -> [1, T, 1, ·]
+
+    def one(*rows):  # [T, ·] -> [1, T, 1, ·]
         return torch.tensor(rows, dtype=torch.float32)[None, :, None]
 
-    s = StepInputs(q=one([1, 0], [1, 1]), k=one([1, 0], [0, 1]), v=one([2, 4, 6], [1, 0, 1]),
-                   log_decay=one([0], [math.log(0.5)]), erase_in=one([0, 0], [1, 0]),
-                   erase_out=one([0, 0], [0.25, 0]))
+    s = StepInputs(
+        q=one([1, 0], [1, 1]),
+        k=one([1, 0], [0, 1]),
+        v=one([2, 4, 6], [1, 0, 1]),
+        log_decay=one([0], [math.log(0.5)]),
+        erase_in=one([0, 0], [1, 0]),
+        erase_out=one([0, 0], [0.25, 0]),
+    )
     o, S = recurrence(s)
     assert o[0, 0, 0].tolist() == [2, 4, 6], "the first token reads what it has just written"
-    # 0.5 S − (0.25, 0)ᵀ (2, 4, 6) = [[0.5, 1, 1.5], [0, 0, 0]], plus the write [[0, 0, 0], [1, 0, 1]]
-    assert_close(S[0, 0], torch.tensor([[0.5, 1, 1.5], [1, 0, 1]]), msg="decay and erase, then write?")
+    # 0.5 S − (0.25, 0)ᵀ (2, 4, 6) = [[0.5, 1, 1.5], [0, 0, 0]], plus the write [[0, 0, 0], [1, 0,
+    # 1]]
+    assert_close(
+        S[0, 0], torch.tensor([[0.5, 1, 1.5], [1, 0, 1]]), msg="decay and erase, then write?"
+    )
     assert_close(o[0, 1, 0], torch.tensor([1.5, 1, 2.5]), msg="reads come after the write: o = Sᵀq")
 
 
@@ -128,15 +193,22 @@ def close(a: torch.Tensor, b: torch.Tensor, atol=1e-4):
     assert_close(a, b, atol=atol * max(1.0, b.abs().max().item()), rtol=1e-4)
 
 
-@given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 70), st.integers(1, 9),
-       st.integers(1, 9), st.integers(0, 20), st.booleans())
+@given(
+    st.sampled_from(ARCHITECTURES),
+    st.integers(0, 99),
+    st.integers(1, 70),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 20),
+    st.booleans(),
+)
 def test_chunks_and_splits_give_the_loop(kind, seed, T, K, V, chunk, with_state):
     s = random_steps(kind, seed, T=T, K=K, V=V)
     start = torch.randn(2, 3, K, V, generator=rng(seed)) if with_state else None
     o, S = recurrence(s, start)
     chunked = recurrence_chunked(s, start, chunk=min(chunk, 16) or None)
     close(chunked[0], o), close(chunked[1], S), close(states(s, start)[:, -1], S)
-    cut = seed % T                                            # in two parts, the state handed over
+    cut = seed % T  # in two parts, the state handed over
     if cut:
         a, middle = recurrence_chunked(s.times(0, cut), start)
         b, end = recurrence_chunked(s.times(cut, T), middle)
@@ -156,11 +228,16 @@ def test_chunks_learn_what_the_loop_learns(kind):
         close(b, a)
 
 
-@given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 30), st.integers(1, 9),
-       st.integers(1, 9))
+@given(
+    st.sampled_from(ARCHITECTURES),
+    st.integers(0, 99),
+    st.integers(1, 30),
+    st.integers(1, 9),
+    st.integers(1, 9),
+)
 def test_an_edit_stays_rank_one_and_propagate_follows_it(kind, seed, T, K, V):
-    """u yᵀ, added to each head's state after the first token, moves every later read by (u_s · q_s) y
-    and the last state by u_T yᵀ."""
+    """u yᵀ, added to each head's state after the first token, moves every later read by (u_s · q_s)
+    y and the last state by u_T yᵀ."""
     s, g = random_steps(kind, seed, T=T, K=K, V=V), rng(seed)
     u, y = torch.randn(2, 3, K, generator=g), torch.randn(2, 3, V, generator=g)
     gain, last = propagate(u, s)
@@ -175,9 +252,14 @@ def test_an_edit_stays_rank_one_and_propagate_follows_it(kind, seed, T, K, V):
     assert_close(edited - S, last[..., None] * y[..., None, :], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mistake, message", [
-    ("value first", "value first"), ("heads before time", "head axis before the time axis"),
-    ("log_decay without its last axis", "last axis missing")])
+@pytest.mark.parametrize(
+    "mistake, message",
+    [
+        ("value first", "value first"),
+        ("heads before time", "head axis before the time axis"),
+        ("log_decay without its last axis", "last axis missing"),
+    ],
+)
 def test_wrong_shapes_are_named(mistake, message):
     s, state = random_steps("gdn", 0), None
     if mistake == "value first":
@@ -223,7 +305,7 @@ def numpy_gdn(p, h, m):
             S[j] = alpha[j] * (np.eye(m.K) - beta[j] * np.outer(k_j, k_j)) @ S[j]
             S[j] += beta[j] * np.outer(k_j, v[values])
             o = S[j].T @ q_j
-            y.append(o / np.sqrt((o ** 2).mean() + 1e-6) * p["norm.weight"] * silu(z[values]))
+            y.append(o / np.sqrt((o**2).mean() + 1e-6) * p["norm.weight"] * silu(z[values]))
         out.append(p["out_proj.weight"] @ np.concatenate(y))
     return np.stack(out)
 
@@ -240,12 +322,12 @@ def numpy_mamba2(p, h, m):
         delta, y = softplus(dt + p["dt_bias"]), []
         for j in range(m.heads):
             g = j // (m.heads // m.groups)
-            keys, x_j = slice(g * m.K, (g + 1) * m.K), X[j * m.V:(j + 1) * m.V]
+            keys, x_j = slice(g * m.K, (g + 1) * m.K), X[j * m.V : (j + 1) * m.V]
             S[j] = np.exp(-np.exp(p["A_log"][j]) * delta[j]) * S[j]
             S[j] += np.outer(B[keys], delta[j] * x_j)
             y.append(S[j].T @ C[keys] + p["D"][j] * x_j)
         y = (np.concatenate(y) * silu(z)).reshape(m.groups, -1)
-        y = y / np.sqrt((y ** 2).mean(1, keepdims=True) + 1e-5)
+        y = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-5)
         out.append(p["out_proj.weight"] @ (y.reshape(-1) * p["norm.weight"]))
     return np.stack(out)
 
@@ -267,7 +349,9 @@ def numpy_rwkv7(p, h, m):
         kappa = kappa / np.linalg.norm(kappa, axis=1, keepdims=True)
         k, past, y = k * (1 + (a - 1) * p["k_a"].reshape(k.shape)), x, []
         for j in range(m.heads):
-            S[j] = (np.diag(w[j]) - np.outer(a[j] * kappa[j], kappa[j])) @ S[j] + np.outer(k[j], v[j])
+            S[j] = (np.diag(w[j]) - np.outer(a[j] * kappa[j], kappa[j])) @ S[j] + np.outer(
+                k[j], v[j]
+            )
             o = S[j].T @ r[j]
             o = (o - o.mean()) / np.sqrt(o.var() + m.eps)
             part = slice(j * m.V, (j + 1) * m.V)
@@ -307,15 +391,15 @@ def test_with_its_scale_held_fixed_the_output_is_linear_in_o_through_the_gate(ki
     monkeypatch.undo()
     louder = mixer.gate_and_scale(3 * o, s, rest)
     assert torch.equal(louder[0], gate), "the gate does not depend on o"
-    if kind != "mamba2":                                            # whose norm also sees D x
-        assert_close(louder[1], scale / 3, atol=1e-2, rtol=1e-2)    # eps aside
+    if kind != "mamba2":  # whose norm also sees D x
+        assert_close(louder[1], scale / 3, atol=1e-2, rtol=1e-2)  # eps aside
 
 
 # --------------------------------------------------------------------------------------------------
 # The official implementations, live: logits in one pass, and prefill then continue
 # --------------------------------------------------------------------------------------------------
 def assert_same_logits(ours: LanguageModel, tokens: torch.Tensor, theirs: torch.Tensor):
-    assert 0.3 < theirs.std() < 10                            # so that a bound on differences means something
+    assert 0.3 < theirs.std() < 10  # so that a bound on differences means something
     assert_close(ours(tokens)[0], theirs, atol=2e-4, rtol=0)
     cache, parts = None, []
     for piece in tokens.split([13, 1, tokens.shape[1] - 14], 1):
@@ -327,6 +411,7 @@ def assert_same_logits(ours: LanguageModel, tokens: torch.Tensor, theirs: torch.
 def hf_model(kind: str, config: dict, seed: int):
     """A random model of the transformers library."""
     import transformers
+
     config = {key: value for key, value in config.items() if key != "model_type"}
     torch.manual_seed(seed)
     if kind == "gdn":
@@ -336,8 +421,8 @@ def hf_model(kind: str, config: dict, seed: int):
 
 
 def as_multimodal_shards(folder):
-    """Rewrite a flat checkpoint as the hub has Qwen3.5: two shards, an index, nested names and config,
-    tensors of other modules beside."""
+    """Rewrite a flat checkpoint as the hub has Qwen3.5: two shards, an index, nested names and
+    config, tensors of other modules beside."""
     tensors = load_file(folder / "model.safetensors")
     os.remove(folder / "model.safetensors")
     tensors = {n.replace("model.", "model.language_model.", 1): x for n, x in tensors.items()}
@@ -349,7 +434,9 @@ def as_multimodal_shards(folder):
         weight_map |= {n: file for n in names[i::2]}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     text = json.loads((folder / "config.json").read_text())
-    outer = dict(model_type="qwen3_5", tie_word_embeddings=text["tie_word_embeddings"], text_config=text)
+    outer = dict(
+        model_type="qwen3_5", tie_word_embeddings=text["tie_word_embeddings"], text_config=text
+    )
     (folder / "config.json").write_text(json.dumps(outer))
 
 
@@ -374,8 +461,13 @@ def test_mamba2_against_transformers(tmp_path, groups, layout):
         tensors = load_file(tmp_path / "model.safetensors")
         tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
         save_file(tensors, tmp_path / "model.safetensors")
-        config = dict(d_model=32, n_layer=4, vocab_size=61, tie_embeddings=False,
-                      ssm_cfg=dict(layer="Mamba2", ngroups=groups))
+        config = dict(
+            d_model=32,
+            n_layer=4,
+            vocab_size=61,
+            tie_embeddings=False,
+            ssm_cfg=dict(layer="Mamba2", ngroups=groups),
+        )
         (tmp_path / "config.json").write_text(json.dumps(config))
     tokens = random_tokens(3, T=50)
     assert_same_logits(load(str(tmp_path)), tokens, model(tokens).logits)
@@ -387,7 +479,11 @@ def official_rwkv_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
     norms = {"blocks.0.ln0": model.embed_norm, "ln_out": model.norm}
     for i, block in enumerate(model.layers):
         a, at, ffn = block.mixer, f"blocks.{i}.att.", f"blocks.{i}.ffn."
-        norms |= {f"blocks.{i}.ln1": block.norm1, f"blocks.{i}.ln2": block.norm2, at + "ln_x": a.g_norm}
+        norms |= {
+            f"blocks.{i}.ln1": block.norm1,
+            f"blocks.{i}.ln2": block.norm2,
+            at + "ln_x": a.g_norm,
+        }
         for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a", "r_k"):
             z[at + name] = getattr(a, name)
         for ours, theirs in dict(r="receptance", k="key", v="value", out="output").items():
@@ -407,6 +503,7 @@ def official_rwkv_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("layout", ["x_r ... x_g apart", "packed as x_x"])
 def test_rwkv7_against_its_authors_package(tmp_path, layout):
     from rwkv.model import RWKV
+
     config = tiny_config("rwkv7", num_hidden_layers=3)
     model = shake(models.build(config), 3)
     models.save(model, config, str(tmp_path))
@@ -415,7 +512,7 @@ def test_rwkv7_against_its_authors_package(tmp_path, layout):
         mixes = {c: tensors.pop(name[:-1] + c) for c in "rwkvag"}
         if layout == "packed as x_x":
             tensors[name[:-1] + "x"] = torch.stack(list(mixes.values()))
-        else:                                                 # fla's shape
+        else:  # fla's shape
             tensors |= {name[:-1] + c: x.view(1, 1, -1) for c, x in mixes.items()}
     save_file(tensors, tmp_path / "model.safetensors")
     torch.save(official_rwkv_weights(model), tmp_path / "official.pth")
@@ -428,18 +525,24 @@ def test_rwkv7_against_its_authors_package(tmp_path, layout):
 @pytest.mark.parametrize("name", ["gdn", "mamba2"])
 def test_transformers_opens_the_embedded_models(name):
     from transformers import AutoModelForCausalLM
+
     folder = os.path.join(HERE, "checkpoints", name)
     model = load(folder)
     tokens = random_tokens(5, T=60, vocab=model.vocab)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits.detach()
-    assert_close(model(tokens)[0], theirs, atol=1e-3, rtol=0)       # logits of std about 4
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+        tokens
+    ).logits.detach()
+    assert_close(model(tokens)[0], theirs, atol=1e-3, rtol=0)  # logits of std about 4
 
 
 # --------------------------------------------------------------------------------------------------
 # The model: caches, causality, edits
 # --------------------------------------------------------------------------------------------------
-@given(st.sampled_from(ARCHITECTURES), st.integers(0, 20),
-       st.lists(st.integers(1, 15), min_size=1, max_size=5))
+@given(
+    st.sampled_from(ARCHITECTURES),
+    st.integers(0, 20),
+    st.lists(st.integers(1, 15), min_size=1, max_size=5),
+)
 def test_any_split_with_a_cache_gives_the_whole(kind, seed, pieces):
     model, tokens = tiny_model(kind), random_tokens(seed, T=sum(pieces))
     whole, end = model(tokens)
@@ -447,7 +550,7 @@ def test_any_split_with_a_cache_gives_the_whole(kind, seed, pieces):
     for piece in tokens.split(pieces, 1):
         before = [{n: x.clone() for n, x in layer.items()} for layer in cache.layers]
         logits, new = model(piece, cache)
-        for layer, old in zip(cache.layers, before):          # nothing passed in is changed
+        for layer, old in zip(cache.layers, before):  # nothing passed in is changed
             assert all(torch.equal(layer[n], x) for n, x in old.items()) and len(layer) == len(old)
         cache = new
         parts.append(logits)
@@ -517,9 +620,13 @@ def test_an_edited_model_is_a_model_that_wrote_something_else(kind):
 
 def test_an_edit_of_what_is_not_there_is_refused():
     model, tokens, k, v = tiny_model("gdn"), random_tokens(0, T=5), torch.zeros(8), torch.zeros(6)
-    for edit, message in ((Edit(3, 0, 1, k, v), "full attention"), (Edit(9, 0, 1, k, v), "layer 9"),
-                          (Edit(0, 4, 1, k, v), "heads 0..3"), (Edit(0, 0, 5, k, v), "positions 0..4"),
-                          (Edit(0, 0, 1, v, k), "key first")):
+    for edit, message in (
+        (Edit(3, 0, 1, k, v), "full attention"),
+        (Edit(9, 0, 1, k, v), "layer 9"),
+        (Edit(0, 4, 1, k, v), "heads 0..3"),
+        (Edit(0, 0, 5, k, v), "positions 0..4"),
+        (Edit(0, 0, 1, v, k), "key first"),
+    ):
         with pytest.raises(InputError, match=message):
             model(tokens, edits=[edit])
 
@@ -530,39 +637,58 @@ def test_an_edit_of_what_is_not_there_is_refused():
 def make_checkpoint(folder, kind: str):
     """A tiny checkpoint with a tokenizer of two words."""
     from tokenizers import Tokenizer, models as kinds
+
     config = tiny_config(kind, num_hidden_layers=2)
     models.save(shake(models.build(config), 5), config, str(folder))
     Tokenizer(kinds.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
 
 
 NAME = "backbone.layers.1.mixer.A_log"
-SPOILED = {                                                   # what is done to the tensors -> message
-    "is missing": lambda x: x.pop(NAME), "mixer.extra": lambda x: x.update({"mixer.extra": torch.ones(2)}),
+SPOILED = {  # what is done to the tensors -> message
+    "is missing": lambda x: x.pop(NAME),
+    "mixer.extra": lambda x: x.update({"mixer.extra": torch.ones(2)}),
     r"A_log is \[3\]": lambda x: x.update({NAME: torch.zeros(3)}),
     "holds I8": lambda x: x.update({NAME: torch.zeros(8, dtype=torch.int8)}),
-    "A_log holds NaN": lambda x: x[NAME].fill_(math.nan), "D holds NaN or Inf": lambda x: x[
-        NAME.replace("A_log", "D")].fill_(-math.inf)}
-CONFIGS = [                                                   # changes of the config, message
+    "A_log holds NaN": lambda x: x[NAME].fill_(math.nan),
+    "D holds NaN or Inf": lambda x: x[NAME.replace("A_log", "D")].fill_(-math.inf),
+}
+CONFIGS = [  # changes of the config, message
     (dict(model_type="llama"), "llama is not supported.*supported: qwen3_5"),
-    (dict(model_type="mamba"), "Mamba-1"), (dict(model_type="rwkv6"), "RWKV-6"),
-    (dict(model_type="qwen3_next"), "Qwen3-Next"), (dict(model_type=[1]), "not supported"),
-    (dict(ssm_cfg={}), "Mamba-1"), (dict(num_heads="eight"), "num_heads is 'eight'"),
-    (dict(n_groups=0), "n_groups is 0"), (dict(n_groups=3), "must divide"),
-    (dict(num_hidden_layers=10 ** 9), "num_hidden_layers is 1000000000"),
+    (dict(model_type="mamba"), "Mamba-1"),
+    (dict(model_type="rwkv6"), "RWKV-6"),
+    (dict(model_type="qwen3_next"), "Qwen3-Next"),
+    (dict(model_type=[1]), "not supported"),
+    (dict(ssm_cfg={}), "Mamba-1"),
+    (dict(num_heads="eight"), "num_heads is 'eight'"),
+    (dict(n_groups=0), "n_groups is 0"),
+    (dict(n_groups=3), "must divide"),
+    (dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
     (dict(head_dim=400_000, state_size=400_000), "config.json asks for"),
-    (dict(num_hidden_layers=True), "num_hidden_layers is True"), (dict(text_config=3), "cannot be read")]
-FILES = [                                                     # file, its new content, message
-    ("model.safetensors", b"", "cannot be read"), ("model.safetensors", b"<!DOCTYPE html>", "web page"),
+    (dict(num_hidden_layers=True), "num_hidden_layers is True"),
+    (dict(text_config=3), "cannot be read"),
+]
+FILES = [  # file, its new content, message
+    ("model.safetensors", b"", "cannot be read"),
+    ("model.safetensors", b"<!DOCTYPE html>", "web page"),
     ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer"),
     ("model.safetensors", b"\x80\x04\x95" + bytes(range(99)), "is a pickle"),
     ("model.safetensors", b"PK\x03\x04" + bytes(range(99)), "is a pickle"),
-    ("config.json", b"{", "cannot be read"), ("config.json", b"\xff\xfe{}", "cannot be read"),
-    ("config.json", b"[" * 99999, "cannot be read"), ("config.json", b"[1]", "no JSON object"),
-    ("model.safetensors.index.json", b'{"weight_map": {"a": "../b.safetensors"}}', "outside the folder"),
+    ("config.json", b"{", "cannot be read"),
+    ("config.json", b"\xff\xfe{}", "cannot be read"),
+    ("config.json", b"[" * 99999, "cannot be read"),
+    ("config.json", b"[1]", "no JSON object"),
+    (
+        "model.safetensors.index.json",
+        b'{"weight_map": {"a": "../b.safetensors"}}',
+        "outside the folder",
+    ),
     ("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}', "is missing"),
     ("model.safetensors.index.json", b'{"weight_map": [1]}', "cannot be read"),
-    ("tokenizer.json", b"", "cannot be read"), ("tokenizer.json", b"{}", "cannot be read"),
-    ("tokenizer.json", b"[1]", "no JSON object"), ("tokenizer.json", b"<html>", "web page")]
+    ("tokenizer.json", b"", "cannot be read"),
+    ("tokenizer.json", b"{}", "cannot be read"),
+    ("tokenizer.json", b"[1]", "no JSON object"),
+    ("tokenizer.json", b"<html>", "web page"),
+]
 
 
 def assert_refused(folder, message: str):
@@ -609,6 +735,7 @@ def test_pickles_fifos_and_unknown_names_are_refused(tmp_path):
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     from tokenizers import Tokenizer, models as kinds
+
     make_checkpoint(tmp_path, "mamba2")
     words = {f"w{i}": i for i in range(62)}
     Tokenizer(kinds.WordLevel(words, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
@@ -630,15 +757,19 @@ def sound(tmp_path_factory):
     return made
 
 
-REAL = ("norm_eps", "rope_parameters", "tie_word_embeddings")   # here another value may be right, too
-VALUES = [None, "x", [], {}, -1, 0, 1.5, 1e308, True, 10 ** 30, [1, 2], {"a": 1}]
+REAL = (
+    "norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+)  # here another value may be right, too
+VALUES = [None, "x", [], {}, -1, 0, 1.5, 1e308, True, 10**30, [1, 2], {"a": 1}]
 
 
 def damaged(whole: bytes, damage: str, where: int, value, is_json: bool) -> bytes:
     """The file's bytes, after the damage."""
     at, noise = where % len(whole), bytes(random_tokens(where, B=1, T=100, vocab=256)[0].tolist())
     if damage == "a flipped bit":
-        return whole[:at] + bytes([whole[at] ^ 1 << where % 8]) + whole[at + 1:]
+        return whole[:at] + bytes([whole[at] ^ 1 << where % 8]) + whole[at + 1 :]
     if damage in ("a key away", "a wrong value") and is_json:
         content = json.loads(whole)
         key = sorted(set(content) - set(REAL))[where % len(set(content) - set(REAL))]
@@ -646,15 +777,24 @@ def damaged(whole: bytes, damage: str, where: int, value, is_json: bool) -> byte
         if damage == "a key away":
             del content[key]
         return json.dumps(content).encode()
-    return {"cut": whole[:at], "extended": whole + noise, "empty": b"", "noise": noise}.get(damage, whole)
+    return {"cut": whole[:at], "extended": whole + noise, "empty": b"", "noise": noise}.get(
+        damage, whole
+    )
 
 
 @settings(max_examples=int(os.environ.get("DAMAGED", 150)))
-@given(st.sampled_from(ARCHITECTURES),
-       st.sampled_from(["config.json", "model.safetensors", "tokenizer.json"]),
-       st.sampled_from(["cut", "extended", "empty", "noise", "a flipped bit", "a key away",
-                        "a wrong value"]), st.integers(0, 10 ** 6), st.sampled_from(VALUES))
-def test_a_damaged_file_is_refused_in_one_line_or_does_no_harm(sound, kind, file, damage, where, value):
+@given(
+    st.sampled_from(ARCHITECTURES),
+    st.sampled_from(["config.json", "model.safetensors", "tokenizer.json"]),
+    st.sampled_from(
+        ["cut", "extended", "empty", "noise", "a flipped bit", "a key away", "a wrong value"]
+    ),
+    st.integers(0, 10**6),
+    st.sampled_from(VALUES),
+)
+def test_a_damaged_file_is_refused_in_one_line_or_does_no_harm(
+    sound, kind, file, damage, where, value
+):
     folder, logits = sound[kind]
     whole = (folder / file).read_bytes()
     (folder / file).write_bytes(damaged(whole, damage, where, value, file.endswith(".json")))
@@ -663,7 +803,7 @@ def test_a_damaged_file_is_refused_in_one_line_or_does_no_harm(sound, kind, file
         load_tokenizer(model).encode("a b")
         ours = model(random_tokens(0, T=5))[0]
         assert ours.shape == logits.shape
-        if damage != "a flipped bit":                         # which may turn one sound number into another
+        if damage != "a flipped bit":  # which may turn one sound number into another
             assert_close(ours, logits)
     except InputError as error:
         assert "\n" not in str(error) and len(str(error)) < 500
@@ -685,7 +825,14 @@ def test_world_tokenizer_takes_the_longest_match(tmp_path):
     assert tokenizer.decode([3, 2, 1, 7, 4]) == "abba é"
     with pytest.raises(InputError, match="no entry for the byte 99"):
         tokenizer.encode("c")
-    for line in ("99 'x' 1\n", "1\n", "x 'a' 1\n", "1 __import__('os') 2\n", "1 10**9 3\n", "1 99999 4\n"):
+    for line in (
+        "99 'x' 1\n",
+        "1\n",
+        "x 'a' 1\n",
+        "1 __import__('os') 2\n",
+        "1 10**9 3\n",
+        "1 99999 4\n",
+    ):
         (tmp_path / "rwkv_vocab_v1.txt").write_text(line)
         assert_refused(tmp_path, "rwkv_vocab_v1.txt")
 
@@ -711,16 +858,23 @@ def random_metric(sae: WriteSAE, seed: int):
     """Give the SAE a random metric; returns M_k, M_v."""
     g, metric = rng(seed), []
     for n in (sae.cfg["K"], sae.cfg["V"]):
-        R = torch.randn(n, n, generator=g) / n ** 0.5
+        R = torch.randn(n, n, generator=g) / n**0.5
         metric.append(R @ R.T + 0.1 * torch.eye(n))
     writesae.set_metric(sae, *metric)
     return metric
 
 
-@given(st.integers(0, 99), st.integers(1, 5), st.sampled_from(list(writesae.ENCODERS)),
-       st.sampled_from(list(writesae.DECODERS)), st.integers(2, 7), st.integers(2, 7))
+@given(
+    st.integers(0, 99),
+    st.integers(1, 5),
+    st.sampled_from(list(writesae.ENCODERS)),
+    st.sampled_from(list(writesae.DECODERS)),
+    st.integers(2, 7),
+    st.integers(2, 7),
+)
 def test_factors_give_what_matrices_give(seed, active, encoder, decoder, K, V):
-    """Scores and reconstruction of a write, from its factors and as a matrix, against plain matrices."""
+    """Scores and reconstruction of a write, from its factors and as a matrix, against plain
+    matrices."""
     sae = random_sae(seed, K=K, V=V, active=active, encoder=encoder, decoder=decoder)
     M_k, M_v = random_metric(sae, seed)
     L_k, L_v = torch.linalg.cholesky(M_k), torch.linalg.cholesky(M_v)
@@ -731,13 +885,17 @@ def test_factors_give_what_matrices_give(seed, active, encoder, decoder, K, V):
     scores = torch.einsum("nkv,akv->na", seen, E)
     size = seen.flatten(1).norm(dim=1)[:, None]
     for form in (X, matrix_of(X.matrix())):
-        torch.testing.assert_close(sae.readers.products(sae.see(form)), scores, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            sae.readers.products(sae.see(form)), scores, atol=1e-3, rtol=1e-3
+        )
         index, a = sae.encode(form)
         torch.testing.assert_close(a, scores.relu().topk(active).values, atol=1e-3, rtol=1e-3)
         expected = torch.einsum("nm,nmkv->nkv", a, A[index])
         torch.testing.assert_close(sae.decode(index, a).matrix(), expected, atol=1e-2, rtol=1e-3)
         twice, _ = sae.encode(form.times(torch.full((9,), 2.0)))
-        assert torch.equal(twice, index), "twice the input is twice the coefficients of the same atoms"
+        assert torch.equal(
+            twice, index
+        ), "twice the input is twice the coefficients of the same atoms"
     assert (size > 0).all()
 
 
@@ -766,11 +924,15 @@ def test_tied_coefficient_is_the_least_squares_one(seed):
     X = random_writes(seed + 1)
     _, a, A = sae.dominant(X)
     left, whole = sae.see(X.minus(A)), sae.see(X)
-    torch.testing.assert_close(inner(left, left), inner(whole, whole) - a ** 2, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(inner(left, left), inner(whole, whole) - a**2, atol=2e-3, rtol=1e-3)
 
 
-SETTINGS = [dict(encoder=e, decoder=d, sparsity=s) for e in writesae.ENCODERS
-            for d in writesae.DECODERS for s in ("topk", "batchtopk", "jumprelu")]
+SETTINGS = [
+    dict(encoder=e, decoder=d, sparsity=s)
+    for e in writesae.ENCODERS
+    for d in writesae.DECODERS
+    for s in ("topk", "batchtopk", "jumprelu")
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(s.values()))
@@ -790,8 +952,9 @@ def test_every_setting_trains_travels_and_codes_one_as_many(tmp_path, settings):
     sae.save(str(tmp_path / "a.safetensors"))
     again = WriteSAE.load(str(tmp_path / "a.safetensors"))
     assert again.cfg == sae.cfg
-    torch.testing.assert_close(again.decode(index, a).matrix(), sae.decode(index, a).matrix(),
-                               atol=2e-2, rtol=1e-2)
+    torch.testing.assert_close(
+        again.decode(index, a).matrix(), sae.decode(index, a).matrix(), atol=2e-2, rtol=1e-2
+    )
 
 
 def test_batchtopk_keeps_n_times_active_and_jumprelu_what_passes_its_threshold():
@@ -799,14 +962,19 @@ def test_batchtopk_keeps_n_times_active_and_jumprelu_what_passes_its_threshold()
     sae = WriteSAE(3, 4, 4, 1, sparsity="batchtopk")
     sae.most = 3
     _, a = sae.select(scores, training=True)
-    assert a.tolist() == [[5, 4, 0], [0, 0, 0]], "two inputs, one active each: the two largest of all six"
-    assert sae.threshold[0].item() == pytest.approx(0.04), "the threshold moves 1 % of the way to the cut"
+    assert a.tolist() == [
+        [5, 4, 0],
+        [0, 0, 0],
+    ], "two inputs, one active each: the two largest of all six"
+    assert sae.threshold[0].item() == pytest.approx(
+        0.04
+    ), "the threshold moves 1 % of the way to the cut"
     sae = WriteSAE(3, 4, 4, 1, sparsity="jumprelu")
     sae.most = 3
     sae.threshold.data[:] = torch.tensor([4.99, 4.5, 2.0])
     _, a = sae.select(scores)
     assert a.tolist() == [[5, 3, 0], [0, 0, 0]]
-    a[0, 0].backward()                             # |5 − 4.99| < 0.025: −a / width, and no other learns
+    a[0, 0].backward()  # |5 − 4.99| < 0.025: −a / width, and no other learns
     assert sae.threshold.grad[0].item() == pytest.approx(-5 / 0.05)
     assert sae.threshold.grad[1:].tolist() == [0, 0]
 
@@ -823,7 +991,9 @@ def test_pursuit_takes_what_is_left_and_one_step_of_it_is_the_dominant_atom():
         left.append(inner(rest, rest))
         assert torch.equal(index[:, 0], sae.encode(X)[0][:, 0])
         if active == 1:
-            torch.testing.assert_close(several.decode(index, a).matrix(), sae.dominant(X)[2].matrix())
+            torch.testing.assert_close(
+                several.decode(index, a).matrix(), sae.dominant(X)[2].matrix()
+            )
     assert all((after <= before + 1e-5).all() for before, after in zip(left, left[1:]))
 
 
@@ -835,21 +1005,30 @@ def planted(seed: int, n=24, N=6000, K=12, V=9):
 
     def noisy(x):
         return F.normalize(x + 0.03 * torch.randn(x.shape, generator=g), dim=-1)
+
     return keys, values, size * noisy(keys[which]), noisy(values[which])
 
 
 @pytest.mark.parametrize("method", ["alternating", "gradient"])
 def test_a_planted_dictionary_is_found(method):
     keys, values, k, v = planted(0)
-    sae = WriteSAE(72, 12, 9, 1)                                # three times as many as were planted
+    sae = WriteSAE(72, 12, 9, 1)  # three times as many as were planted
     if method == "alternating":
         history = fit_alternating(sae, k, v, rng(0), steps=30, sample=3000)
         assert history[-1] > history[0]
     else:
-        history = fit_gradient(sae, write_of(k, v), rng(0), steps=400, batch=256, lr=0.03,
-                               dead_after=2000, resample_every=80)
+        history = fit_gradient(
+            sae,
+            write_of(k, v),
+            rng(0),
+            steps=400,
+            batch=256,
+            lr=0.03,
+            dead_after=2000,
+            resample_every=80,
+        )
         assert history[-1] < history[0]
-    overlap = sae.atoms.products(write_of(keys, values))        # ⟨planted atom, learned atom⟩
+    overlap = sae.atoms.products(write_of(keys, values))  # ⟨planted atom, learned atom⟩
     assert (overlap.max(1).values > 0.98).float().mean() >= 0.95, "did dead atoms restart?"
 
 
@@ -870,15 +1049,21 @@ def test_one_alternating_step_by_hand():
         total = sum(scores[n][i] * (values[i] @ y[drawn[n]]) * x[drawn[n]] for n in mine)
         new_key = total / total.norm()
         total = sum(scores[n][i] * (new_key @ x[drawn[n]]) * y[drawn[n]] for n in mine)
-        torch.testing.assert_close(sae.atoms.keys[i, 0], new_key, msg="did you weight keys by a (value · y)?")
+        torch.testing.assert_close(
+            sae.atoms.keys[i, 0], new_key, msg="did you weight keys by a (value · y)?"
+        )
         torch.testing.assert_close(sae.atoms.values[i, 0], total / total.norm())
 
 
 def test_only_active_atoms_end_their_silence(monkeypatch):
-    """Two orthogonal writes; an atom at the other one is among the top k with a = 0: it stays silent."""
+    """Two orthogonal writes; an atom at the other one is among the top k with a = 0: it stays
+    silent."""
     seen = []
-    monkeypatch.setattr(writesae, "auxiliary_loss",
-                        lambda sae, R, dead, k: seen.append(dead.tolist()) or torch.zeros(()))
+    monkeypatch.setattr(
+        writesae,
+        "auxiliary_loss",
+        lambda sae, R, dead, k: seen.append(dead.tolist()) or torch.zeros(()),
+    )
     eye = torch.eye(4)
     k = v = eye[[0, 1]].repeat(20, 1)
     sae = WriteSAE(6, 4, 4, active=6)
@@ -911,7 +1096,9 @@ def test_the_auxiliary_loss_is_part_of_training(monkeypatch):
         with monkeypatch.context() as m:
             m.setattr(writesae, "auxiliary_loss", lambda *x: weight * real(*x))
             sae = WriteSAE(60, 12, 9, 1)
-            fit_gradient(sae, write_of(k, v), rng(0), steps=8, batch=4, dead_after=8, resample_every=99)
+            fit_gradient(
+                sae, write_of(k, v), rng(0), steps=8, batch=4, dead_after=8, resample_every=99
+            )
         start = WriteSAE(60, 12, 9, 1)
         fit_gradient(start, write_of(k, v), rng(0), steps=1, batch=4, lr=0.0)
         moved.append(((sae.atoms.keys - start.atoms.keys).abs().amax((1, 2)) > 1e-6).sum().item())
@@ -939,34 +1126,52 @@ def sae_for(model: LanguageModel, seed: int, layer=1, **settings) -> WriteSAE:
 
 
 @settings(max_examples=12)
-@given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(0, 2), st.integers(0, 3),
-       st.sampled_from(["write", "state"]))
+@given(
+    st.sampled_from(ARCHITECTURES),
+    st.integers(0, 99),
+    st.integers(0, 2),
+    st.integers(0, 3),
+    st.sampled_from(["write", "state"]),
+)
 def test_branches_are_full_forward_passes_with_edits(kind, seed, layer, head, source):
-    """The judge of the fast engine: every condition and horizon, by the whole model from token one."""
+    """The judge of the fast engine: every condition and horizon, by the whole model from token
+    one."""
     model, tokens = tiny_model(kind), random_tokens(seed, B=3, T=34)
     sae = sae_for(model, seed, layer, source=source, active=3, encoder="bilinear")
     null, positions = sae_for(model, seed + 1, layer), [1 + seed % 7, 9 + seed % 14]
-    fast = replacement(model, dict(atom=sae, untrained=null), tokens, layer, head, positions, rng(seed),
-                       whole=True)
+    fast = replacement(
+        model, dict(atom=sae, untrained=null), tokens, layer, head, positions, rng(seed), whole=True
+    )
     g, base = rng(seed), model(tokens)[0].log_softmax(-1)
     s = model.step_inputs(model.run(model.embed(tokens), last=layer)[0], layer).heads([head])
     for i, t in enumerate(positions):
         X = write_of(s.k[:, t, 0], s.v[:, t, 0])
         coded = X if source == "write" else matrix_of(states(s)[:, t, 0])
         index, a, A = sae.dominant(coded)
-        put_in = dict(atom=A, atom_whole=sae.decode(*sae.encode(coded)), untrained=null.dominant(X)[2],
-                      delete=X.times(0 * a))
+        put_in = dict(
+            atom=A,
+            atom_whole=sae.decode(*sae.encode(coded)),
+            untrained=null.dominant(X)[2],
+            delete=X.times(0 * a),
+        )
         part = dict(index_atom=index, a_atom=a)
         put_in |= writesae.controls(("atom", sae), part, X, g) if i == 0 else {}
         rows = slice(3 * i, 3 * i + 3)
         for name, Y in put_in.items():
             change = Y.minus(X)
-            edits = [Edit(layer, head, t, change.keys[:, r], change.values[:, r])
-                     for r in range(change.keys.shape[1])]
+            edits = [
+                Edit(layer, head, t, change.keys[:, r], change.values[:, r])
+                for r in range(change.keys.shape[1])
+            ]
             patched = model(tokens, edits=edits)[0].log_softmax(-1)
-            kl = (base.exp() * (base - patched)).sum(-1)[:, t:t + 11]
-            torch.testing.assert_close(fast["kl_" + name][rows], kl, atol=2e-5, rtol=2e-3,
-                                       msg=lambda m: f"{name} at {t}: {m}")
+            kl = (base.exp() * (base - patched)).sum(-1)[:, t : t + 11]
+            torch.testing.assert_close(
+                fast["kl_" + name][rows],
+                kl,
+                atol=2e-5,
+                rtol=2e-3,
+                msg=lambda m: f"{name} at {t}: {m}",
+            )
         assert torch.equal(fast["index_atom"][rows], index) and (fast["position"][rows] == t).all()
         torch.testing.assert_close(fast["cosine_atom"][rows], writesae.cosine(A, X))
     assert fast["kl_native"][:3].abs().max() < 1e-5 and fast["kl_random"][3:].isnan().all()
@@ -978,10 +1183,14 @@ def test_batches_and_neighbours_do_not_matter(monkeypatch):
     dictionaries = dict(atom=sae_for(model, 0))
     together = replacement(model, dictionaries, tokens, 1, 0, [5, 12, 20], rng(0))
     alone = replacement(model, dictionaries, tokens[2:3], 1, 0, [20], rng(0))
-    torch.testing.assert_close(alone["kl_atom"][0], together["kl_atom"][2 * 4 + 2], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        alone["kl_atom"][0], together["kl_atom"][2 * 4 + 2], atol=1e-5, rtol=1e-3
+    )
     again = replacement(model, dictionaries, tokens, 1, 0, [5, 12, 20], rng(0))
-    assert all(torch.equal(again[name].nan_to_num(), together[name].nan_to_num()) for name in together)
-    monkeypatch.setattr(writesae, "BATCH_BYTES", 1)                             # one passage at a time
+    assert all(
+        torch.equal(again[name].nan_to_num(), together[name].nan_to_num()) for name in together
+    )
+    monkeypatch.setattr(writesae, "BATCH_BYTES", 1)  # one passage at a time
     one_by_one = replacement(model, dictionaries, tokens, 1, 0, [5, 12, 20], rng(0))
     order = (one_by_one["position"] * 10 + one_by_one["passage"]).argsort()
     for name in ("kl_atom", "kl_delete", "index_atom"):
@@ -1022,36 +1231,52 @@ def test_the_read_metric_is_the_fisher_information_of_the_next_predictions(kind)
 
 def made_up_table(atom, delete, **columns) -> dict:
     """A table of effects, all at horizon 3, as `replacement` would give it."""
+
     def kl(effects):
         return F.pad(torch.tensor(effects, dtype=torch.float32)[:, None], (3, 7))
+
     n = len(atom)
-    table = dict(passage=torch.arange(n), file=torch.arange(n) // 2, kl_atom=kl(atom),
-                 kl_delete=kl(delete), a_atom=torch.ones(n), cosine_atom=torch.full((n,), 0.8),
-                 index_atom=torch.zeros(n, dtype=torch.long))
+    table = dict(
+        passage=torch.arange(n),
+        file=torch.arange(n) // 2,
+        kl_atom=kl(atom),
+        kl_delete=kl(delete),
+        a_atom=torch.ones(n),
+        cosine_atom=torch.full((n,), 0.8),
+        index_atom=torch.zeros(n, dtype=torch.long),
+    )
     for name in ("random", "projected", "native"):
         table["kl_" + name] = kl(columns.pop(name, [0.0] * n))
     return table | {name: torch.as_tensor(x) for name, x in columns.items()}
 
 
 def test_figures_by_hand():
-    """Eight rows, six of them firings. At firings: won, won, lost, won, won, lost, effects of nothing
-    1, 2, 3, 4, 5, 6."""
+    """Eight rows, six of them firings. At firings: won, won, lost, won, won, lost, effects of
+    nothing 1, 2, 3, 4, 5, 6."""
     atom, delete = [0.5, 1, 4, 1, 1, 7, 9, 0], [1, 2, 3, 4, 5, 6, 1, 1]
     table = made_up_table(
-        atom, delete, random=[2, 1, 9, 9, 9, 9, 9, 9], projected=[0, 9, 9, 9, 9, 0, 0, 0],
-        cosine_atom=[0.9, 0.9, 0.72, 0.75, 0.8, 0.9, 0.7, 0.9], a_atom=[1.0] * 7 + [0.0],
-        index_atom=[3, 3, 3, 3, 3, 5, 5, 5])
+        atom,
+        delete,
+        random=[2, 1, 9, 9, 9, 9, 9, 9],
+        projected=[0, 9, 9, 9, 9, 0, 0, 0],
+        cosine_atom=[0.9, 0.9, 0.72, 0.75, 0.8, 0.9, 0.7, 0.9],
+        a_atom=[1.0] * 7 + [0.0],
+        index_atom=[3, 3, 3, 3, 3, 5, 5, 5],
+    )
     f = writesae.replacement_figures(table, 0.71, rng(0))
     assert (f["n_positions"], f["n_firings"], f["n_atoms"]) == (8, 6, 2) and f["coverage"] == 6 / 8
     assert f["win_rate"] == pytest.approx(4 / 6) and f["win_rate_all"] == pytest.approx(5 / 8)
     assert f["recovered_pooled"] == pytest.approx(1 - 14.5 / 21)
     assert f["recovered_pooled_all"] == pytest.approx(1 - 23.5 / 23)
-    assert f["recovered_median"] == pytest.approx(0.5)                # of −1/3, −1/6, 0.5, 0.5, 0.75, 0.8
+    assert f["recovered_median"] == pytest.approx(0.5)  # of −1/3, −1/6, 0.5, 0.5, 0.75, 0.8
     assert f["n_atoms_often"] == 1 and f["per_atom_win_rate"] == pytest.approx(4 / 5)
-    assert f["strict_order_rate"] == pytest.approx(3 / 6)             # atom < nothing < random: rows 0, 3, 4
-    assert f["projected_win_rate"] == pytest.approx(2 / 6)            # rows 0 and 5
-    assert f["failure_by_quartile"] == pytest.approx([0, 0.5, 1], abs=1e-6) or \
-        f["failure_by_quartile"] == pytest.approx([0, 0.5, 0.5])      # two firings each, weakest first
+    assert f["strict_order_rate"] == pytest.approx(3 / 6)  # atom < nothing < random: rows 0, 3, 4
+    assert f["projected_win_rate"] == pytest.approx(2 / 6)  # rows 0 and 5
+    assert f["failure_by_quartile"] == pytest.approx([0, 0.5, 1], abs=1e-6) or f[
+        "failure_by_quartile"
+    ] == pytest.approx(
+        [0, 0.5, 0.5]
+    )  # two firings each, weakest first
     assert f["median_kl"]["delete"] == 3 and f["by_horizon"][3]["win_rate"] == pytest.approx(4 / 6)
     strict = {row["cosine_min"]: row for row in f["by_coverage"]}[0.8]
     assert strict["coverage"] == pytest.approx(4 / 8) and strict["win_rate"] == pytest.approx(3 / 4)
@@ -1059,22 +1284,33 @@ def test_figures_by_hand():
 
 def test_what_learning_adds_by_hand():
     table = made_up_table([1, 1, 1, 5], [2, 2, 2, 2])
-    table |= dict(kl_untrained=made_up_table([1, 3, 3, 1], [0] * 4)["kl_atom"], a_untrained=torch.ones(4),
-                  cosine_untrained=torch.tensor([0.9, 0.1, 0.1, 0.1]))
+    table |= dict(
+        kl_untrained=made_up_table([1, 3, 3, 1], [0] * 4)["kl_atom"],
+        a_untrained=torch.ones(4),
+        cosine_untrained=torch.tensor([0.9, 0.1, 0.1, 0.1]),
+    )
     f = writesae.untrained_figures(table, 0.71, rng(0))
-    assert f["coverage"] == 0.25 and f["win_rate_all"] == 0.5 and f["win_gain_all"] == pytest.approx(0.25)
+    assert (
+        f["coverage"] == 0.25
+        and f["win_rate_all"] == 0.5
+        and f["win_gain_all"] == pytest.approx(0.25)
+    )
     assert f["kl_left_all"] == pytest.approx(8 / 8) and f["win_gain_all_ci95"][0] <= 0.25
 
 
 def test_intervals_by_hand():
-    assert writesae.wilson(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-3)       # a textbook value
+    assert writesae.wilson(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-3)  # a textbook value
     assert all(math.isnan(x) for x in writesae.wilson(0, 0))
-    low, high = writesae.cluster_bootstrap(torch.tensor([1.0, 1, 0, 0]), torch.tensor([0, 0, 1, 1]), rng(0))
-    assert (low, high) == (0.0, 1.0)                           # two clusters: the mean can be either
+    low, high = writesae.cluster_bootstrap(
+        torch.tensor([1.0, 1, 0, 0]), torch.tensor([0, 0, 1, 1]), rng(0)
+    )
+    assert (low, high) == (0.0, 1.0)  # two clusters: the mean can be either
     values = torch.arange(60).float()
     pick = torch.randint(60, (1000, 60), generator=rng(1))
     expected = np.percentile(values[pick].mean(1).numpy(), [2.5, 97.5])
-    assert writesae.cluster_bootstrap(values, torch.arange(60), rng(1)) == pytest.approx(expected, rel=1e-4)
+    assert writesae.cluster_bootstrap(values, torch.arange(60), rng(1)) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 @given(st.integers(0, 99))
@@ -1092,14 +1328,22 @@ def test_a_random_direction_at_its_own_coefficient_is_nearer_than_nothing(seed):
 # --------------------------------------------------------------------------------------------------
 # The logit-change formula
 # --------------------------------------------------------------------------------------------------
-@given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 9), st.integers(1, 9),
-       st.floats(1e-3, 1e3), st.integers(1, 3))
+@given(
+    st.sampled_from(ARCHITECTURES),
+    st.integers(0, 99),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.floats(1e-3, 1e3),
+    st.integers(1, 3),
+)
 def test_the_state_part_of_the_formula_is_exact_at_any_size(kind, seed, K, V, size, rank):
     """The recurrence is linear in the state, so no order is lost there: to 1e-5 of the largest."""
     s = random_steps(kind, seed, T=11, H=1, K=K, V=V)
     s = StepInputs(*(None if x is None else x.double() for x in s))
-    change = Factored(torch.randn(2, rank, K, generator=rng(seed)).double(),
-                      size * torch.randn(2, rank, V, generator=rng(seed + 1)).double())
+    change = Factored(
+        torch.randn(2, rank, K, generator=rng(seed)).double(),
+        size * torch.randn(2, rank, V, generator=rng(seed + 1)).double(),
+    )
     edited, _ = recurrence(s.times(1), states(s)[:, 0] + change.matrix()[:, None])
     exact = edited[:, :, 0] - recurrence(s)[0][:, 1:, 0]
     predicted = writesae.moved_reads(change, s)[:, 1:]
@@ -1112,7 +1356,7 @@ def ladder_case(kind: str, size: float = 1.0):
     p = next(writesae.points(model, random_tokens(12, B=4, T=34), 1, 2, [9]))
     mixer = model.layers[1].mixer
     value = torch.randn(4, 1, mixer.V, generator=rng(1)).double()
-    if kind == "rwkv7":                     # its norm takes the mean out: keep it out of the edit
+    if kind == "rwkv7":  # its norm takes the mean out: keep it out of the edit
         value = value - value.mean(-1, keepdim=True)
     change = Factored(torch.randn(4, 1, mixer.K, generator=rng(0)).double(), size * value)
     return p, change, p.logp[:, 0].topk(3).indices
@@ -1166,7 +1410,7 @@ def test_gated_rungs_are_the_direct_path_with_the_norms_scale_held_fixed(kind, r
     held = gate, scale if scaled else torch.ones_like(scale)
     monkeypatch.setattr(block.mixer, "gate_and_scale", lambda o, s, rest: held)
     monkeypatch.setattr(model, "norm", Fixed(model.norm, last.x) if scaled else torch.nn.Identity())
-    monkeypatch.setattr(writesae, "norm_slope", lambda norm, x: x)     # not what is looked at now
+    monkeypatch.setattr(writesae, "norm_slope", lambda norm, x: x)  # not what is looked at now
     torch.testing.assert_close(rungs_of(p, change, targets)["direct path"], expected)
 
 
@@ -1196,7 +1440,7 @@ def decode(model, tokens, edits=(), first=None):
         log_p.append(model(tokens, edits=edits)[0][:, -1].log_softmax(-1))
         new = first if i == 0 and first is not None else log_p[-1].argmax(-1)
         tokens = torch.cat([tokens, new[:, None]], 1)
-    return tokens[:, -writesae.NEW:], torch.stack(log_p, 1)
+    return tokens[:, -writesae.NEW :], torch.stack(log_p, 1)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -1209,26 +1453,34 @@ def test_steering_is_a_full_forward_pass_with_edits(kind, key, value):
     prompts = writesae.read_prompts(model, tokens, CELLS)
     keys = writesae.edit_keys(prompts.s, key)
     values = writesae.steering_values(prompts, keys, target, value, 3.0, False, None)
-    edits = [Edit(layer, head, 9 + t, keys[:, t, c], values[:, t, c])
-             for c, (layer, head) in enumerate(CELLS) for t in range(3)]
+    edits = [
+        Edit(layer, head, 9 + t, keys[:, t, c], values[:, t, c])
+        for c, (layer, head) in enumerate(CELLS)
+        for t in range(3)
+    ]
     unedited, _ = decode(model, tokens)
     said, _ = decode(model, tokens, edits)
     kept, log_p = decode(model, tokens, edits, unedited[:, 0])
     without, judge = decode(model, tokens, first=target)
     layers = model.recurrent_layers
     judge_said = model(torch.cat([tokens, said], 1))[0][:, 11:-1].log_softmax(-1)
-    state, edited = (torch.cat([cache.layers[i]["state"].flatten(1) for i in layers], 1)
-                     for _, cache in (model(tokens), model(tokens, edits=edits)))
+    state, edited = (
+        torch.cat([cache.layers[i]["state"].flatten(1) for i in layers], 1)
+        for _, cache in (model(tokens), model(tokens, edits=edits))
+    )
     of_target = log_p.gather(-1, target[:, None, None].expand(-1, 20, 1))[..., 0]
     expected = dict(
-        said=said, kept=kept, log_p=of_target,
+        said=said,
+        kept=kept,
+        log_p=of_target,
         size=(edited - state).norm(dim=1) / state.norm(dim=1),
         nll=-judge_said.gather(-1, said[..., None]).mean((1, 2)),
-        nll_forced=-judge.gather(-1, without[..., None]).mean((1, 2)))
+        nll_forced=-judge.gather(-1, without[..., None]).mean((1, 2)),
+    )
     for name, x in expected.items():
         torch.testing.assert_close(table[name], x, atol=2e-4, rtol=1e-3, msg=name)
     log_p = model(torch.cat([tokens, unedited], 1), edits=edits)[0][:, 11:-1].log_softmax(-1)
-    chance = 0               # of leaving the unedited tokens for the target, at step 2, 3, ..., 20
+    chance = 0  # of leaving the unedited tokens for the target, at step 2, 3, ..., 20
     for n in range(1, writesae.NEW):
         way = log_p[:, 1:n].gather(-1, unedited[:, 1:n, None]).sum((1, 2))
         chance = chance + (way + log_p[:, n].gather(-1, target[:, None])[:, 0]).exp()
@@ -1256,8 +1508,14 @@ def test_what_appears_and_what_persists_by_hand():
     """Said at once and never again; said at step 3 though the first token is forced; not at all."""
     said, kept = torch.zeros(2, 3, writesae.NEW, dtype=torch.long)
     said[0, 0], kept[0, 0], said[1, 4], kept[1, 2] = 7, 7, 7, 7
-    table = dict(target=torch.full((3,), 7), said=said, kept=kept, log_p=torch.zeros(3, 20),
-                 nll=torch.zeros(3), nll_forced=torch.full((3,), math.log(2)))
+    table = dict(
+        target=torch.full((3,), 7),
+        said=said,
+        kept=kept,
+        log_p=torch.zeros(3, 20),
+        nll=torch.zeros(3),
+        nll_forced=torch.full((3,), math.log(2)),
+    )
     assert writesae.appears(table).tolist() == [True, True, False]
     assert writesae.persists(table).tolist() == [False, True, False]
     figures = writesae.steering_figures(table | dict(log_p=torch.ones(3, 20)), table, table)
@@ -1274,11 +1532,14 @@ def test_gradients_are_what_finite_differences_say(kind, what):
     model, tokens, pairs = steering_case(kind)
     prompts = writesae.read_prompts(model.double(), tokens[pairs["prompt"]], CELLS)
     keys, target = writesae.edit_keys(prompts.s, "write"), pairs["target"]
-    step, elsewhere = (writesae.steering_values(prompts, keys, target, "random", 1.0, False,
-                                                rng(seed)) for seed in (0, 1))
+    step, elsewhere = (
+        writesae.steering_values(prompts, keys, target, "random", 1.0, False, rng(seed))
+        for seed in (0, 1)
+    )
     for at in (0 * step, elsewhere):
-        up, down = (writesae.score(prompts, keys, at + e * step, target, what)
-                    for e in (1e-4, -1e-4))
+        up, down = (
+            writesae.score(prompts, keys, at + e * step, target, what) for e in (1e-4, -1e-4)
+        )
         rise = writesae.gradient(prompts, keys, at, target, what) * step
         torch.testing.assert_close(rise.sum((1, 2, 3)), (up - down) / 2e-4, atol=1e-7, rtol=1e-6)
 
@@ -1286,6 +1547,7 @@ def test_gradients_are_what_finite_differences_say(kind, what):
 class HandMade(torch.nn.Module):
     """One head of 2 x 1: always writes under the key (1, 0), forgets half at each step, reads with
     q, and hands gate · o to an output map (1, −1)."""
+
     heads, K, V = 1, 2, 1
 
     def __init__(self, q: float, gate: float):
@@ -1294,8 +1556,10 @@ class HandMade(torch.nn.Module):
         self.out_proj.weight.data = torch.tensor([[1.0], [-1.0]])
 
     def inputs(self, h, cache, v_first=None):
-        rows = [torch.tensor(x).expand(*h.shape[:2], 1, -1)
-                for x in (self.q, [1.0, 0.0], [2.0], [math.log(0.5)])]
+        rows = [
+            torch.tensor(x).expand(*h.shape[:2], 1, -1)
+            for x in (self.q, [1.0, 0.0], [2.0], [math.log(0.5)])
+        ]
         return StepInputs(*rows), None, {}
 
     def gate_and_scale(self, o, s, rest):
@@ -1316,8 +1580,14 @@ def test_the_formulas_directions_by_hand(query, gate, target, sign):
     sign · gate · gain with y. "gated" says so; the three factors leave out the gate, and so point
     the wrong way where it is negative.
     """
-    model = LanguageModel("hand", 2, 2, [Block(HandMade(query, gate), torch.nn.Identity())],
-                          torch.nn.Identity(), tied=False).requires_grad_(False)
+    model = LanguageModel(
+        "hand",
+        2,
+        2,
+        [Block(HandMade(query, gate), torch.nn.Identity())],
+        torch.nn.Identity(),
+        tied=False,
+    ).requires_grad_(False)
     model.head.weight.copy_(torch.eye(2))
     prompts = writesae.read_prompts(model, torch.tensor([[0, 1, 0]]), [(0, 0)], 2)
     keys, target = writesae.edit_keys(prompts.s, "write"), torch.tensor([target])
@@ -1340,8 +1610,10 @@ def test_the_read_key_is_the_one_that_coming_reads_weigh_most(kind):
     torch.testing.assert_close(along, torch.ones(2, 3))
     for t in range(3):
         others = F.normalize(torch.randn(50, *keys[:, t].shape, generator=rng(t)), dim=-1)
-        heard = [propagate(key, s.times(t))[0].square().sum(1)
-                 for key in (keys[:, t], *(norm[:, t, :, None] * others))]
+        heard = [
+            propagate(key, s.times(t))[0].square().sum(1)
+            for key in (keys[:, t], *(norm[:, t, :, None] * others))
+        ]
         assert (heard[0] >= torch.stack(heard).amax(0) * (1 - 1e-4)).all()
 
 
@@ -1381,12 +1653,21 @@ def test_targets_are_unique_and_of_their_stratum():
 @pytest.mark.parametrize("first", [0, 7, 24, 25])
 def test_the_least_budget_is_found_on_search_prompts_and_told_of_the_others(first):
     """Made-up edits persist from one budget on: on all search prompts, half of the unseen ones."""
+
     def edit(pairs, value, key, size, budget):
         works = value == "memory" and budget and size >= (run.BUDGETS + [math.inf])[first]
         kept, zeros = torch.zeros(4, writesae.NEW, dtype=torch.long), torch.zeros(4)
-        kept[:4 if pairs["side"] == "search" else 2, 5] = 7 if works else 0
-        return dict(target=torch.full((4,), 7), stratum=torch.tensor([0, 1, 0, 1]), kept=kept,
-                    said=kept, log_p=torch.zeros(4, 20), nll=zeros, nll_forced=zeros, size=zeros)
+        kept[: 4 if pairs["side"] == "search" else 2, 5] = 7 if works else 0
+        return dict(
+            target=torch.full((4,), 7),
+            stratum=torch.tensor([0, 1, 0, 1]),
+            kept=kept,
+            said=kept,
+            log_p=torch.zeros(4, 20),
+            nll=zeros,
+            nll_forced=zeros,
+            size=zeros,
+        )
 
     search, unseen = dict(side="search", target=range(4)), dict(side="unseen")
     found = run.least_budget(edit, search, unseen, "read")
@@ -1428,7 +1709,9 @@ def test_erasing_is_a_full_forward_pass_with_the_edit(kind):
         index, a, A = sae.dominant(p.write())
         assert index.item() == table["index"][i] and a > 0
         edited = model(one, edits=[Edit(1, 0, t, -A.keys[0, 0], A.values[0, 0])])[0].log_softmax(-1)
-        change = (edited - model(one)[0].log_softmax(-1))[0, t:t + 11, table["promoted"][i]].mean()
+        change = (edited - model(one)[0].log_softmax(-1))[
+            0, t : t + 11, table["promoted"][i]
+        ].mean()
         torch.testing.assert_close(table["atom"][i], change, atol=2e-5, rtol=1e-3)
     atoms, promoted = writesae.promoted_tokens(model, sae, one, file[:1], 1, 0, [t], 0.0, 1)
     gated = rungs_of(p, A, torch.arange(61)[None])["gated"].mean(1)
@@ -1459,7 +1742,7 @@ def quick(tmp_path, command: str, *options: str) -> list[dict]:
 
 def test_formula_quick_end_to_end(tmp_path):
     figure = tmp_path / "f.png"
-    r, = quick(tmp_path, "formula", "--model", "gdn", "--passages", "4", "--plot", str(figure))
+    (r,) = quick(tmp_path, "formula", "--model", "gdn", "--passages", "4", "--plot", str(figure))
     rungs = {rung["name"]: rung for rung in r["rungs"]}
     assert list(rungs) == list(writesae.RUNGS) and figure.read_bytes().startswith(b"\x89PNG")
     full = rungs["full Jacobian"]
@@ -1477,20 +1760,26 @@ def test_steer_quick_end_to_end(tmp_path):
         assert s["random_persists_rate"] <= s["native_persists_rate"] + 0.5
     assert edits["gradient"]["sign_rate"] > 0.7 and edits["memory"]["size"] > 0.5
     assert edits["ascent"]["strata"][0]["first_step_lift_nats"] > 2
-    least, = quick(tmp_path, "steer", *model, "--smallest", "--key", "read")
+    (least,) = quick(tmp_path, "steer", *model, "--smallest", "--key", "read")
     assert least["found"] and least["budget"]
     assert least["search_rates"][str(least["magnitude"])] == 1
     options = ("--prompt", "def read(self, size):", "--target", " not")
-    shown, = quick(tmp_path, "steer", *model, *options)
+    (shown,) = quick(tmp_path, "steer", *model, *options)
     assert " not" in shown["texts"]["kept"] and len(shown["p_target"]) == writesae.NEW
     assert run.main(["steer", *model, "--prompt", "def", "--target", "two tokens"]) == 2
 
 
 def test_erase_quick_end_to_end(tmp_path):
-    r, = quick(tmp_path, "erase", "--model", "rwkv7", "--passages", "400")
+    (r,) = quick(tmp_path, "erase", "--model", "rwkv7", "--passages", "400")
     assert r["n_firings"] == sum(a["n_firings"] for a in r["atoms"]) > 0
-    assert {"firing_median", "firing_falls", "random_median", "random_falls", "other_atom_median",
-            "effect_ci95"} <= set(r)
+    assert {
+        "firing_median",
+        "firing_falls",
+        "random_median",
+        "random_falls",
+        "other_atom_median",
+        "effect_ci95",
+    } <= set(r)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1501,10 +1790,12 @@ def test_codes_say_of_every_write_what_encode_says():
     sae = sae_for(model, 0)
     table = writesae.codes(model, sae, tokens, 1, 2)
     s = model.step_inputs(model.run(model.embed(tokens), last=1)[0], 1)
-    i = 2 * 15 + 7                                                         # passage 2, position 7
+    i = 2 * 15 + 7  # passage 2, position 7
     index, a, A = sae.dominant(write_of(s.k[2:, 7, 2], s.v[2:, 7, 2]))
-    assert table["token"][i] == tokens[2, 7] and table["index"][i] == index and len(table["a"]) == 45
-    torch.testing.assert_close(table["a"][i:i + 1], a)
+    assert (
+        table["token"][i] == tokens[2, 7] and table["index"][i] == index and len(table["a"]) == 45
+    )
+    torch.testing.assert_close(table["a"][i : i + 1], a)
     assert (table["passage"][i], table["position"][i]) == (2, 7)
 
 
@@ -1520,14 +1811,18 @@ def test_taking_an_atom_out_is_a_full_forward_pass_with_the_edit(kind):
         t, one = i % 30, tokens[i // 30][None]
         A = sae.decode(table["index"][i, None, None], table["a"][i, None, None])
         edited = model(one, edits=[Edit(1, 2, t, -A.keys[:, 0], A.values[:, 0])])[0].log_softmax(-1)
-        expected = (edited - model(one)[0].log_softmax(-1))[0, t:t + 11].mean(0)
+        expected = (edited - model(one)[0].log_softmax(-1))[0, t : t + 11].mean(0)
         torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-3)
 
 
 def test_population_by_hand():
     """Atom 0 fires six times, four of them on token 9; atom 1 once; a weak match is no firing."""
-    table = dict(index=torch.tensor([0] * 6 + [1, 1]), token=torch.tensor([9, 9, 9, 9, 2, 3, 7, 7]),
-                 a=torch.ones(8), cosine=torch.tensor([0.9] * 7 + [0.2]))
+    table = dict(
+        index=torch.tensor([0] * 6 + [1, 1]),
+        token=torch.tensor([9, 9, 9, 9, 2, 3, 7, 7]),
+        a=torch.ones(8),
+        cosine=torch.tensor([0.9] * 7 + [0.2]),
+    )
     f = writesae.population_figures(table, 0.71)
     assert (f["n_firings"], f["n_atoms"], f["n_atoms_often"]) == (7, 2, 1)
     assert f["often_share"] == pytest.approx(6 / 7) and f["token_purity"] == pytest.approx(4 / 6)
@@ -1536,7 +1831,9 @@ def test_population_by_hand():
 @given(st.integers(0, 30))
 def test_a_planted_mixture_is_recovered_and_one_gaussian_is_not_split(seed):
     g = rng(seed)
-    near, far = 0.8 + 0.05 * torch.randn(300, generator=g), 0.3 + 0.05 * torch.randn(100, generator=g)
+    near, far = 0.8 + 0.05 * torch.randn(300, generator=g), 0.3 + 0.05 * torch.randn(
+        100, generator=g
+    )
     both = writesae.two_gaussians(torch.cat([near, far]))
     assert both["mean"] == pytest.approx([0.8, 0.3], abs=0.02)
     assert both["deviation"] == pytest.approx([0.05, 0.05], abs=0.02)
@@ -1554,27 +1851,35 @@ def test_a_passage_with_its_atoms_in_place_by_hand():
     for name, e in (("native", []), ("delete", edits)):
         logp = model(tokens, edits=e)[0].log_softmax(-1)[:, 4:-1]
         nll = -logp.gather(-1, tokens[:, 5:, None])[..., 0]
-        torch.testing.assert_close(table["bits_" + name], nll.mean(1) / math.log(2), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            table["bits_" + name], nll.mean(1) / math.log(2), atol=1e-4, rtol=1e-4
+        )
     assert (table["firings"] <= 25).all() and (table["bits_atom"] != table["bits_random"]).all()
 
 
 # --------------------------------------------------------------------------------------------------
 # Wrong inputs: one line, status 2, nothing written
 # --------------------------------------------------------------------------------------------------
-@given(st.sampled_from(["cut", "flip", "cfg"]), st.integers(0, 10 ** 6), st.sampled_from(
-    ["n_atoms", "K", "active", "encoder", "decoder", "sparsity"]), st.sampled_from(
-        [None, "x", [], -1, 0, 1.5, 10 ** 12, 7, {"a": 1}]))
-def test_a_damaged_sae_is_refused_in_one_line_or_does_no_harm(tmp_path_factory, damage, where, key, value):
+@given(
+    st.sampled_from(["cut", "flip", "cfg"]),
+    st.integers(0, 10**6),
+    st.sampled_from(["n_atoms", "K", "active", "encoder", "decoder", "sparsity"]),
+    st.sampled_from([None, "x", [], -1, 0, 1.5, 10**12, 7, {"a": 1}]),
+)
+def test_a_damaged_sae_is_refused_in_one_line_or_does_no_harm(
+    tmp_path_factory, damage, where, key, value
+):
     from safetensors.torch import load_file, save_file
+
     path = tmp_path_factory.mktemp("sae") / "a.safetensors"
     sae = random_sae(0)
     sae.save(str(path))
     whole = path.read_bytes()
     if damage == "cut":
-        path.write_bytes(whole[:where % len(whole)])
+        path.write_bytes(whole[: where % len(whole)])
     elif damage == "flip":
         at = where % len(whole)
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << where % 8]) + whole[at + 1:])
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << where % 8]) + whole[at + 1 :])
     else:
         save_file(load_file(path), path, metadata={"cfg": json.dumps(sae.cfg | {key: value})})
     try:
@@ -1587,41 +1892,53 @@ def test_a_damaged_sae_is_refused_in_one_line_or_does_no_harm(tmp_path_factory, 
 GDN = ["--model", "gdn"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["replace", "--model", "nothing-like-it"], "neither a folder nor a hub id"),
-    (["replace", "--model", "nobody/no-such-model"], "could not be fetched"),
-    (["replace", *GDN, "--layer", "3"], "full attention.*recurrent layers: 0, 1, 2"),
-    (["replace", *GDN, "--layer", "9"], "layer 9"),
-    (["replace", *GDN, "--layer", "first"], "a number or all"),
-    (["replace", *GDN, "--head", "4"], "heads 0..3"),
-    (["replace", *GDN, "--text", "no-such-file"], "cannot be read"),
-    (["replace", *GDN, "--text", "SHORT"], "passages of 128 tokens"),
-    (["replace", *GDN, "--text", "BYTES"], "not UTF-8"),
-    (["replace", *GDN, "--text", "FOLDER"], "holds no UTF-8 text file"),
-    (["replace", *GDN, "--sae", "SHORT"], "holds no WriteSAE"),
-    (["replace", *GDN, "--sae", "checkpoints/rwkv7/sae-L1H0.safetensors"], "architecture rwkv7"),
-    (["replace", *GDN, "--head", "1", "--sae", "checkpoints/gdn/sae-L1H0.safetensors"], "head 0, here it is 1"),
-    (["replace", *GDN, "--quick", "--json", "no-such-folder/x.json"], "cannot be written"),
-    (["replace", "--device", "abacus"], "abacus"),
-    (["replace", "--passages", "0"], "at least 1"),
-    (["replace", "--magnitude", "3"], "unrecognized arguments: --magnitude"),
-    (["formula", "--atom", "3"], "unrecognized arguments"),
-    (["formula", *GDN, "--cosine-min", "1.1", "--quick"], "no atom fires"),
-    (["steer", *GDN, "--prompt", "def f", "--target", "not one token"], "3 tokens.*'not', ' one'"),
-    (["steer", *GDN, "--prompt", "", "--target", "x"], "give a --prompt and one token"),
-    (["steer", *GDN, "--prompt", "x", "--target", "x"], "1 tokens; its last 3 are edited"),
-    (["steer", *GDN, "--prompt", "def f(x): return"], "give a --prompt and one token"),
-    (["steer", "--magnitude", "nan"], "finite"),
-    (["steer", "--magnitude", "-1"], "finite numbers from 0"),
-    (["steer", *GDN, "--head", "all"], "one cell"),
-    (["erase", *GDN, "--cosine-min", "2", "--quick"], "no atom fires"),
-    (["atoms", *GDN, "--quick", "--atom", "99999"], "atoms 0 to 16383"),
-    (["train", *GDN], "exists; --force writes over it"),
-    (["train", *GDN, "--active", "9", "--atoms", "4", "--quick"], "9 active atoms of 4"),
-    (["pretrain", "--model", "gpt"], "allowed are gdn"),
-    (["pretrain", *GDN], "holds a model; --force"),
-    (["dance"], "invalid choice"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["replace", "--model", "nothing-like-it"], "neither a folder nor a hub id"),
+        (["replace", "--model", "nobody/no-such-model"], "could not be fetched"),
+        (["replace", *GDN, "--layer", "3"], "full attention.*recurrent layers: 0, 1, 2"),
+        (["replace", *GDN, "--layer", "9"], "layer 9"),
+        (["replace", *GDN, "--layer", "first"], "a number or all"),
+        (["replace", *GDN, "--head", "4"], "heads 0..3"),
+        (["replace", *GDN, "--text", "no-such-file"], "cannot be read"),
+        (["replace", *GDN, "--text", "SHORT"], "passages of 128 tokens"),
+        (["replace", *GDN, "--text", "BYTES"], "not UTF-8"),
+        (["replace", *GDN, "--text", "FOLDER"], "holds no UTF-8 text file"),
+        (["replace", *GDN, "--sae", "SHORT"], "holds no WriteSAE"),
+        (
+            ["replace", *GDN, "--sae", "checkpoints/rwkv7/sae-L1H0.safetensors"],
+            "architecture rwkv7",
+        ),
+        (
+            ["replace", *GDN, "--head", "1", "--sae", "checkpoints/gdn/sae-L1H0.safetensors"],
+            "head 0, here it is 1",
+        ),
+        (["replace", *GDN, "--quick", "--json", "no-such-folder/x.json"], "cannot be written"),
+        (["replace", "--device", "abacus"], "abacus"),
+        (["replace", "--passages", "0"], "at least 1"),
+        (["replace", "--magnitude", "3"], "unrecognized arguments: --magnitude"),
+        (["formula", "--atom", "3"], "unrecognized arguments"),
+        (["formula", *GDN, "--cosine-min", "1.1", "--quick"], "no atom fires"),
+        (
+            ["steer", *GDN, "--prompt", "def f", "--target", "not one token"],
+            "3 tokens.*'not', ' one'",
+        ),
+        (["steer", *GDN, "--prompt", "", "--target", "x"], "give a --prompt and one token"),
+        (["steer", *GDN, "--prompt", "x", "--target", "x"], "1 tokens; its last 3 are edited"),
+        (["steer", *GDN, "--prompt", "def f(x): return"], "give a --prompt and one token"),
+        (["steer", "--magnitude", "nan"], "finite"),
+        (["steer", "--magnitude", "-1"], "finite numbers from 0"),
+        (["steer", *GDN, "--head", "all"], "one cell"),
+        (["erase", *GDN, "--cosine-min", "2", "--quick"], "no atom fires"),
+        (["atoms", *GDN, "--quick", "--atom", "99999"], "atoms 0 to 16383"),
+        (["train", *GDN], "exists; --force writes over it"),
+        (["train", *GDN, "--active", "9", "--atoms", "4", "--quick"], "9 active atoms of 4"),
+        (["pretrain", "--model", "gpt"], "allowed are gdn"),
+        (["pretrain", *GDN], "holds a model; --force"),
+        (["dance"], "invalid choice"),
+    ],
+)
 def test_a_wrong_command_ends_in_one_line(tmp_path, capsys, arguments, message):
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00abc")
@@ -1639,8 +1956,21 @@ def test_a_wrong_command_ends_in_one_line(tmp_path, capsys, arguments, message):
 # --------------------------------------------------------------------------------------------------
 def test_replace_quick_end_to_end(tmp_path, capsys):
     out, records, figure = tmp_path / "r.json", tmp_path / "r.jsonl", tmp_path / "r.png"
-    assert run.main(["replace", "--quick", "--json", str(out), "--records", str(records),
-                     "--plot", str(figure)]) == 0
+    assert (
+        run.main(
+            [
+                "replace",
+                "--quick",
+                "--json",
+                str(out),
+                "--records",
+                str(records),
+                "--plot",
+                str(figure),
+            ]
+        )
+        == 0
+    )
     results = json.loads(out.read_text())
     assert [r["model"] for r in results] == list(ARCHITECTURES)
     for r in results:
@@ -1662,15 +1992,36 @@ def test_compare_quick_end_to_end(tmp_path, what, monkeypatch):
     arguments = ["compare", "--model", "mamba2", "--what", what, "--quick", "--json", str(out)]
     assert run.main(arguments + ["--plot", str(tmp_path / "c.png")]) == 0
     rows = json.loads(out.read_text())
-    keys = {"what", "name", "encoder", "decoder", "sparsity", "source", "n_atoms", "active", "trained",
-            "parameters", "fvu", "dead", "coverage", "win_rate_all", "recovered_pooled_all",
-            "projected_win_rate", "seconds"}
-    assert all(keys <= set(row) for row in rows) and {row["trained"] for row in rows} == {True, False}
+    keys = {
+        "what",
+        "name",
+        "encoder",
+        "decoder",
+        "sparsity",
+        "source",
+        "n_atoms",
+        "active",
+        "trained",
+        "parameters",
+        "fvu",
+        "dead",
+        "coverage",
+        "win_rate_all",
+        "recovered_pooled_all",
+        "projected_win_rate",
+        "seconds",
+    }
+    assert all(keys <= set(row) for row in rows) and {row["trained"] for row in rows} == {
+        True,
+        False,
+    }
     by_name = {row["name"]: row for row in rows}
     if what == "sizes":
         assert by_name["256"]["fvu"] < by_name["64"]["fvu"] < by_name["64 untrained"]["fvu"]
     elif what == "active":
-        assert by_name["1"]["whole_recovered_all"] == pytest.approx(by_name["1"]["recovered_pooled_all"])
+        assert by_name["1"]["whole_recovered_all"] == pytest.approx(
+            by_name["1"]["recovered_pooled_all"]
+        )
         assert by_name["4"]["fvu"] < by_name["1"]["fvu"]
     else:
         assert by_name["seed 0"]["found_again"] > by_name["untrained 1"]["found_again"]
@@ -1678,54 +2029,108 @@ def test_compare_quick_end_to_end(tmp_path, what, monkeypatch):
 
 def test_atoms_quick_end_to_end(tmp_path, capsys):
     out = tmp_path / "a.json"
-    assert run.main(["atoms", *GDN, "--quick", "--json", str(out), "--plot", str(tmp_path / "a.png")]) == 0
+    assert (
+        run.main(["atoms", *GDN, "--quick", "--json", str(out), "--plot", str(tmp_path / "a.png")])
+        == 0
+    )
     described = json.loads(out.read_text())
     first, printed = described[0], capsys.readouterr().out
     assert {"population", "passage_test", "token_purity", "promoted", "contexts"} <= set(first)
     assert all(len(d["contexts"]) <= 5 and "⟦" in d["contexts"][0] for d in described)
     bits = first["passage_test"]
     assert bits["bits_native"] < bits["bits_delete"] and f"{first['n_firings']}" in printed
-    assert run.main(["atoms", *GDN, "--quick", "--atom", str(first["atom"]), "--json", str(out)]) == 0
-    one, = json.loads(out.read_text())
+    assert (
+        run.main(["atoms", *GDN, "--quick", "--atom", str(first["atom"]), "--json", str(out)]) == 0
+    )
+    (one,) = json.loads(out.read_text())
     assert one["atom"] == first["atom"] and one["n_firings"] == first["n_firings"]
 
 
 def test_cells_shared_out_by_torchrun_give_the_same_results(tmp_path):
-    command = [os.path.join(HERE, "run.py"), "replace", "--model", "mamba2", "--head", "all", "--layer", "1",
-               "--quick", "--passages", "4", "--saes", str(tmp_path)]
+    command = [
+        os.path.join(HERE, "run.py"),
+        "replace",
+        "--model",
+        "mamba2",
+        "--head",
+        "all",
+        "--layer",
+        "1",
+        "--quick",
+        "--passages",
+        "4",
+        "--saes",
+        str(tmp_path),
+    ]
     for head in range(8):
-        sae = WriteSAE(64, 32, 32, architecture="mamba2", model="mamba2", layer=1, head=head, source="write",
-                       cosine_min=0.71, seed=0, metric="read")
+        sae = WriteSAE(
+            64,
+            32,
+            32,
+            architecture="mamba2",
+            model="mamba2",
+            layer=1,
+            head=head,
+            source="write",
+            cosine_min=0.71,
+            seed=0,
+            metric="read",
+        )
         writes = random_writes(head, n=64, K=32, V=32)
         sae.start(torch.arange(64), writes)
         sae.save(str(tmp_path / f"sae-L1H{head}.safetensors"))
     results = []
-    for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]):
+    for launcher in (
+        [sys.executable],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"],
+    ):
         out = tmp_path / f"{len(launcher)}.json"
-        done = subprocess.run(launcher + command + ["--json", str(out)], capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            launcher + command + ["--json", str(out)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         assert "8 cells: mean" in done.stdout
-        results.append([{k: v for k, v in r.items() if k != "seconds"} for r in json.loads(out.read_text())])
+        results.append(
+            [{k: v for k, v in r.items() if k != "seconds"} for r in json.loads(out.read_text())]
+        )
     assert [r["head"] for r in results[0]] == list(range(8)) and results[0] == results[1]
 
 
 def test_training_writes_a_file_of_its_own_and_none_over(tmp_path, capsys):
-    arguments = ["train", "--model", "mamba2", "--head", "all", "--quick", "--atoms", "32", "--saes", str(tmp_path)]
+    arguments = [
+        "train",
+        "--model",
+        "mamba2",
+        "--head",
+        "all",
+        "--quick",
+        "--atoms",
+        "32",
+        "--saes",
+        str(tmp_path),
+    ]
     assert run.main(arguments) == 0
     files = sorted(os.listdir(tmp_path))
     assert files == [f"sae-atoms-32-L1H{head}.safetensors" for head in range(8)]
     (tmp_path / files[3]).unlink()
     before = {f: (tmp_path / f).stat().st_mtime_ns for f in files if f != files[3]}
-    assert run.main(arguments) == 0                                        # goes on where it was stopped
-    assert all((tmp_path / f).stat().st_mtime_ns == t for f, t in before.items()) and (tmp_path / files[3]).exists()
+    assert run.main(arguments) == 0  # goes on where it was stopped
+    assert (
+        all((tmp_path / f).stat().st_mtime_ns == t for f, t in before.items())
+        and (tmp_path / files[3]).exists()
+    )
     sae = WriteSAE.load(str(tmp_path / files[5]))
     assert (sae.n_atoms, sae.cfg["head"], sae.cfg["method"]) == (32, 5, "alternating updates")
 
 
 def test_copies_of_training_text_are_left_out():
     lines = {"a = 1", "b = 2", "c = 3"}
-    assert run.copied("ut off\na = 1\nb = 2\nc =", lines) and not run.copied("a = 1\nx = 2\nc = 3", lines)
+    assert run.copied("ut off\na = 1\nb = 2\nc =", lines) and not run.copied(
+        "a = 1\nx = 2\nc = 3", lines
+    )
     assert not run.copied("one line", lines)
     tokenizer = models.Tokenizer(lambda text: list(text.encode()), lambda ids: bytes(ids).decode())
     files = {"own": "x = 1\ny = 2\n" * 50, "copy": "a = 1\nb = 2\n" * 50}
@@ -1740,15 +2145,25 @@ def test_own_text_trains_and_is_held_out(tmp_path):
         (tmp_path / f"{i}.txt").write_text(f"passage {i} " * 400)
     args = run.parse(["replace", "--train-text", str(tmp_path)])
     training, tested = run.choose_text(args)
-    assert training and tested and not set(training) & set(tested) and len(training) + len(tested) == 30
+    assert (
+        training
+        and tested
+        and not set(training) & set(tested)
+        and len(training) + len(tested) == 30
+    )
     assert "text-" in run.sae_file(load(os.path.join(HERE, "checkpoints", "gdn")), 1, 0, args)
 
 
 def test_pretrain_goes_on_as_if_it_had_never_stopped(tmp_path, monkeypatch, capsys):
-    """Ten steps on this project's own text: whole, and stopped after five; the weights are the same to
-    the bit, and the folder is in the hub's layout."""
-    sources = [open(os.path.join(HERE, name), encoding="utf-8").read()[:30_000] for name in ("models.py", "run.py")]
-    monkeypatch.setattr(run, "python_text", lambda: {f"{i}.py": s for i, s in enumerate(sources * 8)})
+    """Ten steps on this project's own text: whole, and stopped after five; the weights are the same
+    to the bit, and the folder is in the hub's layout."""
+    sources = [
+        open(os.path.join(HERE, name), encoding="utf-8").read()[:30_000]
+        for name in ("models.py", "run.py")
+    ]
+    monkeypatch.setattr(
+        run, "python_text", lambda: {f"{i}.py": s for i, s in enumerate(sources * 8)}
+    )
     monkeypatch.setattr(run, "CONTEXT", 32)
     monkeypatch.setattr(run, "BATCH", 2)
     monkeypatch.setattr(run, "SAVE_EVERY", 5)
@@ -1761,6 +2176,7 @@ def test_pretrain_goes_on_as_if_it_had_never_stopped(tmp_path, monkeypatch, caps
         if len(steps) == 8:
             raise KeyboardInterrupt
         return real(self, step, x)
+
     monkeypatch.setattr(run.TrainingRun, "step", stop_at_seven)
     assert run.main(arguments + [str(tmp_path / "halved")]) == 130
     assert run.main(arguments + [str(tmp_path / "halved")]) == 0
@@ -1768,8 +2184,10 @@ def test_pretrain_goes_on_as_if_it_had_never_stopped(tmp_path, monkeypatch, caps
     folders = [tmp_path / name / "mamba2" for name in ("whole", "halved")]
     for folder in folders:
         assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert folders[0].joinpath("model.safetensors").read_bytes() == folders[1].joinpath(
-        "model.safetensors").read_bytes()
+    assert (
+        folders[0].joinpath("model.safetensors").read_bytes()
+        == folders[1].joinpath("model.safetensors").read_bytes()
+    )
     tokenizer = models.load_tokenizer(load(str(folders[0])))
     assert tokenizer.decode(tokenizer.encode("def f(x): return x")) == "def f(x): return x"
 
@@ -1789,6 +2207,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     def fail(temporary):
         open(temporary, "w").write("half")
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         models.save_then_rename(fail, str(path))
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
@@ -1800,22 +2219,28 @@ def test_training_comes_first_where_there_is_no_sae(tmp_path, capsys):
     shutil.copytree(os.path.join(HERE, "checkpoints", "rwkv7"), tmp_path / "m")
     for file in (tmp_path / "m").glob("sae*"):
         file.unlink()
-    assert run.main(["replace", "--model", str(tmp_path / "m"), "--quick", "--source", "state"]) == 0
+    assert (
+        run.main(["replace", "--model", str(tmp_path / "m"), "--quick", "--source", "state"]) == 0
+    )
     assert "training one first" in capsys.readouterr().err
-    assert not list((tmp_path / "m").glob("sae*"))                                  # --quick keeps nothing
+    assert not list((tmp_path / "m").glob("sae*"))  # --quick keeps nothing
 
 
 def test_a_table_aligns_and_shows_what_is_missing(capsys):
     printer = run.TablePrinter({"name ": "{name}", "rate": "{rate:.1%}", "deep": "{x[0][y]}"})
     printer.print(dict(name="a", rate=0.123, x=[dict(y=3)]))
     printer.print(dict(name="long", rate=math.nan))
-    assert capsys.readouterr().out.splitlines() == ["name    rate  deep", "a      12.3%     3", "long       -     -"]
+    assert capsys.readouterr().out.splitlines() == [
+        "name    rate  deep",
+        "a      12.3%     3",
+        "long       -     -",
+    ]
 
 
 def test_the_readmes_examples_run(tmp_path, monkeypatch):
     """Both Python blocks of "Your own tensors, your own model", as they stand there."""
     text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-    blocks = re.findall(r"```python\n(.*?)```", text[text.index("## Your own tensors"):], re.S)
+    blocks = re.findall(r"```python\n(.*?)```", text[text.index("## Your own tensors") :], re.S)
     monkeypatch.chdir(tmp_path)
     os.symlink(os.path.join(HERE, "checkpoints"), tmp_path / "checkpoints")
     names = {}
@@ -1823,7 +2248,9 @@ def test_the_readmes_examples_run(tmp_path, monkeypatch):
         exec(block, names)
     assert len(blocks) == 2 and names["a"].shape == (5,) and names["logits"].shape == (1, 4, 2048)
     native = names["model"](names["tokens"])[0]
-    assert torch.equal(native[:, 0], names["logits"][:, 0]) and not torch.equal(native[:, 1], names["logits"][:, 1])
+    assert torch.equal(native[:, 0], names["logits"][:, 0]) and not torch.equal(
+        native[:, 1], names["logits"][:, 1]
+    )
 
 
 def test_the_readme_names_what_exists():
@@ -1833,13 +2260,20 @@ def test_the_readme_names_what_exists():
             run.parse(shlex.split(command))
         for module, name in re.findall(r"`(models|writesae|run)\.(\w+)", text):
             if name != "py":
-                assert hasattr({"models": models, "writesae": writesae, "run": run}[module], name), name
+                assert hasattr(
+                    {"models": models, "writesae": writesae, "run": run}[module], name
+                ), name
 
 
 def test_every_public_function_has_a_docstring_and_its_example_holds():
     for module in (models, writesae, run):
         tree = ast.parse(open(module.__file__, encoding="utf-8").read())
-        bare = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
-                and not n.name.startswith("_") and not ast.get_docstring(n)]
+        bare = [
+            n.name
+            for n in tree.body
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+            and not n.name.startswith("_")
+            and not ast.get_docstring(n)
+        ]
         assert not bare, f"{module.__name__}: {bare}"
         assert doctest.testmod(module).failed == 0

@@ -1,4 +1,5 @@
-"""WriteSAE: sparse autoencoders whose atoms are rank-1 matrices, and the test of what they stand for.
+"""WriteSAE: sparse autoencoders whose atoms are rank-1 matrices, and the test of what they stand
+for.
 
 A recurrent layer of Gated DeltaNet, Mamba-2 or RWKV-7 writes one rank-1 matrix k vᵀ per head and
 token into its state (models.py). An atom of this SAE has the same shape, A_i = key_i value_iᵀ, so
@@ -8,7 +9,8 @@ it can take a write's place in the model's memory:
     sae = WriteSAE(n_atoms=1024, K=32, V=32)
     fit_alternating(sae, k, v, rng)              # k [N, K], v [N, V]: any writes, no model needed
     null = untrained(sae, k, v, rng)             # the null: random writes as atoms, no training
-    table = replacement(model, sae, null, tokens, layer=1, head=0, positions=range(32, 96), generator=rng)
+    table = replacement(model, sae, null, tokens, layer=1, head=0, positions=range(32, 96),
+    generator=rng)
 
 Words used throughout:
     write      k vᵀ, what one head adds to its state at one token
@@ -25,6 +27,7 @@ the replacement test - the logit-change formula - steering - erasing - a populat
 
 Reference: WriteSAE, arXiv 2605.12770 ("the paper"). States and writes are key first, [K, V].
 """
+
 from __future__ import annotations
 
 import json
@@ -37,8 +40,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import (Cache, Edit, InputError, LanguageModel, StepInputs, Stream, at_least_fp32,
-                    propagate, recurrence_chunked, save_then_rename, states)
+from models import (
+    Cache,
+    Edit,
+    InputError,
+    LanguageModel,
+    StepInputs,
+    Stream,
+    at_least_fp32,
+    propagate,
+    recurrence_chunked,
+    save_then_rename,
+    states,
+)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -49,11 +63,13 @@ class Factored(NamedTuple):
 
     Norms and products of writes never form K x V numbers: they come from products of the factors.
     """
-    keys: Tensor       # [..., r, K]
-    values: Tensor     # [..., r, V]
+
+    keys: Tensor  # [..., r, K]
+    values: Tensor  # [..., r, V]
 
     def rows(self, index) -> Factored:
-        """Some of N matrices: keys [N, r, K] and values [N, r, V] at index (a slice or a tensor)."""
+        """Some of N matrices: keys [N, r, K] and values [N, r, V] at index (a slice or a
+        tensor)."""
         return Factored(self.keys[index], self.values[index])
 
     def times(self, a: Tensor) -> Factored:
@@ -84,13 +100,14 @@ def matrix_of(X: Tensor) -> Factored:
 def inner(X: Factored, Y: Factored) -> Tensor:
     """⟨X, Y⟩ = Σ_rs (keys_r · keys'_s)(values_r · values'_s) -> [...]; inner(X, X) is ‖X‖²."""
     K = X.keys.shape[-1]
-    if max(X.keys.shape[-2], Y.keys.shape[-2]) > K:             # then the matrices are the cheaper form
+    if max(X.keys.shape[-2], Y.keys.shape[-2]) > K:  # then the matrices are the cheaper form
         return (X.matrix() * Y.matrix()).sum((-2, -1))
     return ((X.keys @ Y.keys.mT) * (X.values @ Y.values.mT)).sum((-2, -1))
 
 
 def cosine(X: Factored, Y: Factored) -> Tensor:
-    """⟨X, Y⟩ / ‖X‖‖Y‖, 0 where one is zero. Its square is the share of Y's energy that X explains."""
+    """⟨X, Y⟩ / ‖X‖‖Y‖, 0 where one is zero. Its square is the share of Y's energy that X
+    explains."""
     norms = (inner(X, X) * inner(Y, Y)).sqrt()
     return inner(X, Y) / norms.clamp_min(1e-30)
 
@@ -107,15 +124,15 @@ def leading_pair(X: Factored) -> Factored:
 # 2. The sparse autoencoder
 # --------------------------------------------------------------------------------------------------
 class Bank(nn.Module):
-    """n matrices, each Σ_r key_r value_rᵀ. Rank K means any matrix: the keys are the K unit vectors,
-    and stay so."""
+    """n matrices, each Σ_r key_r value_rᵀ. Rank K means any matrix: the keys are the K unit
+    vectors, and stay so."""
 
     def __init__(self, n: int, rank: int, K: int, V: int):
         super().__init__()
         fixed = rank >= K
         keys = torch.eye(K)[None] if fixed else torch.zeros(n, rank, K)
-        self.keys = nn.Parameter(keys, requires_grad=not fixed)          # [n, rank, K] or [1, K, K]
-        self.values = nn.Parameter(torch.zeros(n, keys.shape[1], V))     # [n, rank, V]
+        self.keys = nn.Parameter(keys, requires_grad=not fixed)  # [n, rank, K] or [1, K, K]
+        self.values = nn.Parameter(torch.zeros(n, keys.shape[1], V))  # [n, rank, V]
         self.fixed = fixed
 
     def at(self, index: Tensor) -> Factored:
@@ -131,7 +148,7 @@ class Bank(nn.Module):
         """
         if X.keys.shape[1] == 1 and self.keys.shape[1] == 1:
             return (X.keys[:, 0] @ self.keys[:, 0].T) * (X.values[:, 0] @ self.values[:, 0].T)
-        matrices = self.keys.mT @ self.values                                          # [n, K, V]
+        matrices = self.keys.mT @ self.values  # [n, K, V]
         return X.matrix().flatten(1) @ matrices.flatten(1).T
 
     @torch.no_grad()
@@ -160,15 +177,17 @@ class Bank(nn.Module):
         first = leading_pair(X)
         length = first.values.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         ratio = (first.keys.norm(dim=-1, keepdim=True) / length).clamp_min(1e-30).sqrt()
-        self.keys[which] = (first.keys / ratio).expand(-1, self.keys.shape[1], -1)     # sides of
-        self.values[which] = (first.values * ratio).expand(-1, self.keys.shape[1], -1)  # equal length
+        self.keys[which] = (first.keys / ratio).expand(-1, self.keys.shape[1], -1)  # sides of
+        self.values[which] = (first.values * ratio).expand(
+            -1, self.keys.shape[1], -1
+        )  # equal length
         if self.keys.shape[1] == 2:
             self.keys[which, 1] = self.keys[which, 0].roll(1, 0)
             self.values[which, 1] = 0.1 * self.values[which, 0].roll(1, 0)
 
 
-ENCODERS = {"tied": None, "bilinear": 1, "dense": "any"}       # rank of the encoder's matrices
-DECODERS = {"rank1": 1, "rank2": 2, "flat": "any"}             # rank of the atoms
+ENCODERS = {"tied": None, "bilinear": 1, "dense": "any"}  # rank of the encoder's matrices
+DECODERS = {"rank1": 1, "rank2": 2, "flat": "any"}  # rank of the atoms
 SPARSITIES = ("topk", "batchtopk", "jumprelu", "pursuit")
 
 
@@ -190,25 +209,45 @@ class WriteSAE(nn.Module):
     The paper's five SAEs are settings: FlatSAE dense/flat, MatrixSAE dense/rank1, BilinearSAE
     bilinear/rank1, tied/rank1 and bilinear/flat. No bias: twice the input, twice the coefficients.
 
-    Coordinates. An SAE may measure distance otherwise than by the Frobenius norm: `see` turns keys by
-    to_k and values by to_v, and all coding and training happens there (`read_metric` says why).
+    Coordinates. An SAE may measure distance otherwise than by the Frobenius norm: `see` turns keys
+    by to_k and values by to_v, and all coding and training happens there (`read_metric` says why).
     `encode` takes and `decode` gives matrices in the model's own coordinates.
 
-    cfg travels with the weights: the settings above, and what the caller adds (model, cell, source).
-    Raises InputError for an unknown setting or an impossible number of active atoms.
+    cfg travels with the weights: the settings above, and what the caller adds (model, cell,
+    source). Raises InputError for an unknown setting or an impossible number of active atoms.
     """
 
-    def __init__(self, n_atoms: int, K: int, V: int, active: int = 1, encoder: str = "tied",
-                 decoder: str = "rank1", sparsity: str = "topk", centred: bool = False, **cfg):
+    def __init__(
+        self,
+        n_atoms: int,
+        K: int,
+        V: int,
+        active: int = 1,
+        encoder: str = "tied",
+        decoder: str = "rank1",
+        sparsity: str = "topk",
+        centred: bool = False,
+        **cfg,
+    ):
         super().__init__()
         if encoder not in ENCODERS or decoder not in DECODERS or sparsity not in SPARSITIES:
             raise InputError(
                 f"SAE {encoder}/{decoder}/{sparsity}: allowed are {', '.join(ENCODERS)} / "
-                f"{', '.join(DECODERS)} / {', '.join(SPARSITIES)}")
+                f"{', '.join(DECODERS)} / {', '.join(SPARSITIES)}"
+            )
         if not 1 <= active <= n_atoms:
             raise InputError(f"{active} active atoms of {n_atoms}: allowed are 1 to {n_atoms}")
-        self.cfg = dict(n_atoms=n_atoms, K=K, V=V, active=active, encoder=encoder,
-                        decoder=decoder, sparsity=sparsity, centred=centred, **cfg)
+        self.cfg = dict(
+            n_atoms=n_atoms,
+            K=K,
+            V=V,
+            active=active,
+            encoder=encoder,
+            decoder=decoder,
+            sparsity=sparsity,
+            centred=centred,
+            **cfg,
+        )
         self.n_atoms, self.active, self.sparsity = n_atoms, active, sparsity
         # simplification: batchtopk and jumprelu give an input at most four times `active` atoms
         self.most = active if sparsity in ("topk", "pursuit") else min(n_atoms, 4 * active)
@@ -246,13 +285,13 @@ class WriteSAE(nn.Module):
             a = a * (a >= cut)
         elif self.sparsity == "jumprelu":
             a = a * Step.apply(a, self.threshold[index])
-            a, order = a.sort(descending=True)               # thresholds differ: the largest may fail
+            a, order = a.sort(descending=True)  # thresholds differ: the largest may fail
             index = index.gather(1, order)
         return index, a
 
     def assemble(self, index: Tensor, a: Tensor) -> Factored:
         """Σ a_i A_i in the SAE's coordinates: index, a [N, m] -> factors of rank m · rank."""
-        A = self.atoms.at(index).times(a)                                     # [N, m, rank, ·]
+        A = self.atoms.at(index).times(a)  # [N, m, rank, ·]
         return Factored(A.keys.flatten(1, 2), A.values.flatten(1, 2))
 
     def encode(self, X: Factored) -> tuple[Tensor, Tensor]:
@@ -268,7 +307,8 @@ class WriteSAE(nn.Module):
         return index, a * norm[:, None]
 
     def pursue(self, X: Factored) -> tuple[Tensor, Tensor]:
-        """Matching pursuit in the SAE's coordinates: index, a [N, active]; a falls from left to right."""
+        """Matching pursuit in the SAE's coordinates: index, a [N, active]; a falls from left to
+        right."""
         chosen = []
         for _ in range(self.active):
             a, index = self.readers.products(X).relu().topk(1)
@@ -300,20 +340,28 @@ class WriteSAE(nn.Module):
             self.readers.put(which, A.times(torch.full_like(A.values[:, 0, 0], 1 / self.active)))
 
     def save(self, path: str):
-        """Atoms and readers in the model's coordinates (fp16: three digits), and cfg, in one file."""
+        """Atoms and readers in the model's coordinates (fp16: three digits), and cfg, in one
+        file."""
         from safetensors.torch import save_file
+
         tensors = {"to_k": self.to_k, "to_v": self.to_v}
-        tensors |= {name: x for name, x in [("mean", self.mean), ("threshold", self.threshold)]
-                    if x is not None}
-        banks = {"atoms": self.atoms} | ({} if self.readers is self.atoms else {"readers": self.readers})
+        tensors |= {
+            name: x
+            for name, x in [("mean", self.mean), ("threshold", self.threshold)]
+            if x is not None
+        }
+        banks = {"atoms": self.atoms} | (
+            {} if self.readers is self.atoms else {"readers": self.readers}
+        )
         for name, bank in banks.items():
             copy = Bank(self.n_atoms, bank.keys.shape[1], *self.cfg_size())
             copy.load_state_dict(bank.state_dict())
             copy.turn(self.to_k.cpu().inverse(), self.to_v.cpu().inverse())
             tensors |= {f"{name}.keys": copy.keys.half(), f"{name}.values": copy.values.half()}
         tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        save_then_rename(lambda file: save_file(tensors, file, metadata={"cfg": json.dumps(self.cfg)}),
-                         path)
+        save_then_rename(
+            lambda file: save_file(tensors, file, metadata={"cfg": json.dumps(self.cfg)}), path
+        )
 
     def cfg_size(self) -> tuple[int, int]:
         """K and V."""
@@ -323,13 +371,16 @@ class WriteSAE(nn.Module):
     def load(cls, path: str) -> WriteSAE:
         """The SAE that `save` wrote. Raises InputError for a file that holds none."""
         from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(path, "pt") as f:
                 tensors = {name: f.get_tensor(name).float() for name in f.keys()}
-                with torch.device("meta"):                    # no memory before the shapes are known to fit
+                with torch.device("meta"):  # no memory before the shapes are known to fit
                     sae = cls(**json.loads(f.metadata()["cfg"]))
             if sae.readers is sae.atoms:
-                tensors |= {"readers." + name: tensors["atoms." + name] for name in ("keys", "values")}
+                tensors |= {
+                    "readers." + name: tensors["atoms." + name] for name in ("keys", "values")
+                }
             sae.load_state_dict(tensors, assign=True)
             if not all(x.isfinite().all() for x in tensors.values()):
                 raise ValueError("NaN or Inf in it")
@@ -337,8 +388,10 @@ class WriteSAE(nn.Module):
                 bank.turn(sae.to_k, sae.to_v)
             sae.atoms.normalise()
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{path} holds no WriteSAE ({str(error).splitlines()[0][:120]}); "
-                             "train one: python run.py train --help") from None
+            raise InputError(
+                f"{path} holds no WriteSAE ({str(error).splitlines()[0][:120]}); "
+                "train one: python run.py train --help"
+            ) from None
         return sae.requires_grad_(False)
 
 
@@ -366,22 +419,30 @@ class Step(torch.autograd.Function):
 # 3. Training
 # --------------------------------------------------------------------------------------------------
 @torch.inference_mode()
-def collect(model: LanguageModel, tokens: Tensor, layer: int, heads: list[int], source: str = "write",
-            every: int = 16, skip: int = 0, progress=iter) -> list[Factored]:
+def collect(
+    model: LanguageModel,
+    tokens: Tensor,
+    layer: int,
+    heads: list[int],
+    source: str = "write",
+    every: int = 16,
+    skip: int = 0,
+    progress=iter,
+) -> list[Factored]:
     """What heads of one layer write over a text, to train on: one Factored of N matrices per head.
 
-    tokens [n, T]; every write after the first `skip` tokens of each row, or with source "state" every
-    16th state (neighbours are nearly the same). One pass up to the layer and no further serves all heads; it keeps 4 (K + V) bytes per
-    write, 4 K V per state.
+    tokens [n, T]; every write after the first `skip` tokens of each row, or with source "state"
+    every 16th state (neighbours are nearly the same). One pass up to the layer and no further
+    serves all heads; it keeps 4 (K + V) bytes per write, 4 K V per state.
     """
-    keys, values = [], []                                              # per batch [B, T, H, r, ·]
+    keys, values = [], []  # per batch [B, T, H, r, ·]
     for batch in progress(tokens.split(16)):
         stream, _ = model.run(model.embed(batch), last=layer)
         s = model.step_inputs(stream, layer).heads(heads)
         if source == "write":
             X = write_of(s.k[:, skip:], s.v[:, skip:])
         else:
-            X = matrix_of(states(s)[:, every - 1::every])
+            X = matrix_of(states(s)[:, every - 1 :: every])
         keys.append(X.keys.flatten(0, 1))
         values.append(X.values.flatten(0, 1))
     keys, values = torch.cat(keys), torch.cat(values)
@@ -389,8 +450,16 @@ def collect(model: LanguageModel, tokens: Tensor, layer: int, heads: list[int], 
     return [Factored(keys[:, h].clone(), values[:, h].clone()) for h in range(len(heads))]
 
 
-def read_metric(model: LanguageModel, tokens: Tensor, layer: int, head: int, positions,
-                generator: torch.Generator, ridge: float = 0.1, progress=iter):
+def read_metric(
+    model: LanguageModel,
+    tokens: Tensor,
+    layer: int,
+    head: int,
+    positions,
+    generator: torch.Generator,
+    ridge: float = 0.1,
+    progress=iter,
+):
     """How much the next eleven predictions heed each direction of a head's state: M_k, M_v.
 
     To second order the effect of a small change δS of the state is a quadratic form in it,
@@ -413,14 +482,14 @@ def read_metric(model: LanguageModel, tokens: Tensor, layer: int, head: int, pos
     M_k, M_v = torch.zeros(K, K, device=device), torch.zeros(V, V, device=device)
     for p in points(model, tokens, layer, head, positions, K, progress):
         P = len(p.passage)
-        rows = torch.zeros(P, K, V, device=device, requires_grad=True)        # the edits' values
+        rows = torch.zeros(P, K, V, device=device, requires_grad=True)  # the edits' values
         unit_keys = torch.eye(K, device=device).expand(P, K, K)
         with torch.enable_grad():
-            logp = p.branch(Factored(unit_keys, rows))                                # [P, 11, vocab]
+            logp = p.branch(Factored(unit_keys, rows))  # [P, 11, vocab]
             chances = logp.detach().exp().flatten(0, 1).cpu()
             drawn = torch.multinomial(chances, 1, generator=generator).to(device)
             score = logp.gather(-1, drawn.view(P, HORIZONS, 1)).sum()
-            G, = torch.autograd.grad(score, rows)                                         # [P, K, V]
+            (G,) = torch.autograd.grad(score, rows)  # [P, K, V]
         M_k += torch.einsum("pkv,plv->kl", G, G)
         M_v += torch.einsum("pkv,pkw->vw", G, G)
 
@@ -432,7 +501,8 @@ def read_metric(model: LanguageModel, tokens: Tensor, layer: int, head: int, pos
 
 @torch.no_grad()
 def set_metric(sae: WriteSAE, M_k: Tensor, M_v: Tensor):
-    """From now on sae measures ⟨X, Y⟩ = tr(M_k X M_v Yᵀ). M_k [K, K], M_v [V, V]; before training."""
+    """From now on sae measures ⟨X, Y⟩ = tr(M_k X M_v Yᵀ). M_k [K, K], M_v [V, V]; before
+    training."""
     sae.to_k.copy_(torch.linalg.cholesky(M_k))
     sae.to_v.copy_(torch.linalg.cholesky(M_v))
 
@@ -440,8 +510,8 @@ def set_metric(sae: WriteSAE, M_k: Tensor, M_v: Tensor):
 def untrained(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Generator) -> WriteSAE:
     """The null of every dictionary: as many atoms, each a write drawn at random, no training.
 
-    Same size and metric as sae; tied, one factor, the same number active. k [N, K], v [N, V]: writes
-    of the training text. What sae does better than this one is what learning added.
+    Same size and metric as sae; tied, one factor, the same number active. k [N, K], v [N, V]:
+    writes of the training text. What sae does better than this one is what learning added.
     """
     settings = sae.cfg | dict(encoder="tied", decoder="rank1", sparsity="topk", centred=False)
     null = WriteSAE(**settings).to(k.device)
@@ -463,8 +533,16 @@ def best_atom(keys: Tensor, values: Tensor, x: Tensor, y: Tensor, rows: int = 12
 
 
 @torch.no_grad()
-def fit_alternating(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Generator, steps: int = 24,
-                    sample: int = 100_000, memory: float = 0.75, progress=iter) -> list[float]:
+def fit_alternating(
+    sae: WriteSAE,
+    k: Tensor,
+    v: Tensor,
+    generator: torch.Generator,
+    steps: int = 24,
+    sample: int = 100_000,
+    memory: float = 0.75,
+    progress=iter,
+) -> list[float]:
     """Code each write by one atom, with closed-form updates: k-means whose centres are rank-1.
 
     With one active atom, tied, the loss on a unit write is ‖X − aA‖² = 1 − a². Each step draws
@@ -486,26 +564,26 @@ def fit_alternating(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Genera
         pick = torch.randint(len(k), (n,), generator=generator).to(k.device)
         return k[pick], v[pick]
 
-    keys, values = sae.atoms.keys.data[:, 0], sae.atoms.values.data[:, 0]    # views: [n, K], [n, V]
+    keys, values = sae.atoms.keys.data[:, 0], sae.atoms.values.data[:, 0]  # views: [n, K], [n, V]
     keys[:], values[:] = draw(sae.n_atoms)
     key_sum, value_sum = torch.zeros_like(keys), torch.zeros_like(values)
-    count = torch.zeros(sae.n_atoms, device=k.device)        # how many recent writes each sum holds
+    count = torch.zeros(sae.n_atoms, device=k.device)  # how many recent writes each sum holds
     history = []
     for _ in progress(range(steps)):
         x, y = draw(sample)
-        a, atom = best_atom(keys, values, x, y)                                             # 1.
+        a, atom = best_atom(keys, values, x, y)  # 1.
         for total in (key_sum, value_sum, count):
             total *= memory
         count.index_add_(0, atom, torch.ones_like(a))
         used = count > 0.5
-        weight = a * (values[atom] * y).sum(-1)                                             # 2.
+        weight = a * (values[atom] * y).sum(-1)  # 2.
         key_sum.index_add_(0, atom, weight[:, None] * x)
         keys[used] = F.normalize(key_sum[used], dim=-1)
         weight = a * (keys[atom] * x).sum(-1)
         value_sum.index_add_(0, atom, weight[:, None] * y)
         values[used] = F.normalize(value_sum[used], dim=-1)
-        unused = (~used).nonzero()[:, 0]                                                    # 3.
-        worst = a.argsort()[:len(unused)]
+        unused = (~used).nonzero()[:, 0]  # 3.
+        worst = a.argsort()[: len(unused)]
         keys[unused], values[unused] = x[worst], y[worst]
         for total in (key_sum, value_sum, count):
             total[unused] = 0
@@ -513,16 +591,25 @@ def fit_alternating(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Genera
     return history
 
 
-def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: int = 2000,
-                 batch: int = 1024, lr: float = 1e-3, k_aux: int = 64, dead_after: int = 100_000,
-                 resample_every: int = 400, progress=iter) -> list[float]:
+def fit_gradient(
+    sae: WriteSAE,
+    X: Factored,
+    generator: torch.Generator,
+    steps: int = 2000,
+    batch: int = 1024,
+    lr: float = 1e-3,
+    k_aux: int = 64,
+    dead_after: int = 100_000,
+    resample_every: int = 400,
+    progress=iter,
+) -> list[float]:
     """Adam on the reconstruction error ‖X − X̂‖² of unit inputs, for every setting and source.
 
     The error is E = ‖X‖² − 2 Σ a_i ⟨A_i, X⟩ + Σ_ij a_i a_j ⟨A_i, A_j⟩, from the factors' products.
     An atom is dead once `dead_after` samples passed without it. The k_aux best of the dead explain
-    what is left, as in arXiv 2406.04093 (residual detached, weight 1/32), and every `resample_every`
-    steps but the last the dead restart at the inputs coded worst, with Adam's memory of them cleared.
-    JumpReLU adds (L0/active − 1)²/10 to hold the number of active atoms.
+    what is left, as in arXiv 2406.04093 (residual detached, weight 1/32), and every
+    `resample_every` steps but the last the dead restart at the inputs coded worst, with Adam's
+    memory of them cleared. JumpReLU adds (L0/active − 1)²/10 to hold the number of active atoms.
 
     X: N matrices in the model's coordinates. Trains sae in place; returns the unexplained share of
     energy of every step.
@@ -534,20 +621,20 @@ def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: 
         return X.rows(torch.randint(len(X.keys), (n,), generator=generator).to(X.keys.device))
 
     sae.start(torch.arange(sae.n_atoms), draw(sae.n_atoms))
-    if sae.threshold is not None:                # such that `active` atoms pass it on the average
+    if sae.threshold is not None:  # such that `active` atoms pass it on the average
         scores = sae.readers.products(draw(batch)).relu()
         sae.threshold.data.fill_(scores.flatten().topk(sae.active * batch).values[-1].item())
     optimiser = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr)
-    silent = torch.zeros(sae.n_atoms, device=X.keys.device)      # samples since an atom was active
+    silent = torch.zeros(sae.n_atoms, device=X.keys.device)  # samples since an atom was active
     history = []
     for step in progress(range(steps)):
-        for group in optimiser.param_groups:                 # warm-up, then a cosine to a tenth
+        for group in optimiser.param_groups:  # warm-up, then a cosine to a tenth
             cosine_rate = 0.55 + 0.45 * math.cos(math.pi * step / steps)
             group["lr"] = lr * min(1, (step + 1) / 50) * cosine_rate
         x = draw(batch)
         index, a = sae.select(sae.readers.products(x), training=True)
         R = x.minus(sae.assemble(index, a))
-        error = inner(R, R)                                                             # [batch]
+        error = inner(R, R)  # [batch]
         silent += batch
         silent[index[a > 0]] = 0
         dead = (silent > dead_after).nonzero()[:, 0]
@@ -569,15 +656,16 @@ def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: 
 
 def restart(sae: WriteSAE, optimiser, dead: Tensor, R: Factored, error: Tensor) -> Tensor:
     """Put dead atoms at the inputs whose residuals R are largest; returns which were put there."""
-    worst = error.argsort(descending=True)[:len(dead)]
-    restarted = dead[:len(worst)]
+    worst = error.argsort(descending=True)[: len(dead)]
+    restarted = dead[: len(worst)]
     sae.start(restarted, R.rows(worst))
     forget(optimiser, restarted, sae.n_atoms)
     return restarted
 
 
 def auxiliary_loss(sae: WriteSAE, R: Factored, dead: Tensor, k_aux: int) -> Tensor:
-    """The share of the residual's energy that the k_aux best of the dead atoms leave unexplained."""
+    """The share of the residual's energy that the k_aux best of the dead atoms leave
+    unexplained."""
     R = Factored(R.keys.detach(), R.values.detach())
     scores, best = sae.readers.products(R)[:, dead].relu().topk(min(k_aux, len(dead)))
     left = R.minus(sae.assemble(dead[best], scores))
@@ -595,10 +683,10 @@ def forget(optimiser: torch.optim.Adam, atoms: Tensor, n_atoms: int):
 # --------------------------------------------------------------------------------------------------
 # 4. The engine: a native run, a change of one head's state, and what the predictions say then
 # --------------------------------------------------------------------------------------------------
-HORIZONS = 11                    # effects are read at the write's own step and the ten after it
-BATCH_BYTES = 24_000_000         # of log-probabilities per branch: what a batch of passages may take
+HORIZONS = 11  # effects are read at the write's own step and the ten after it
+BATCH_BYTES = 24_000_000  # of log-probabilities per branch: what a batch of passages may take
 
-Table = dict[str, Tensor]        # named columns, one row per tested position
+Table = dict[str, Tensor]  # named columns, one row per tested position
 
 
 def stack(parts: list[Table]) -> Table:
@@ -608,15 +696,16 @@ def stack(parts: list[Table]) -> Table:
 
 class Point(NamedTuple):
     """Where branches start: position t of P passages, and the native run over t..t+10."""
+
     model: LanguageModel
     layer: int
     head: int
     t: int
-    passage: Tensor         # [P] which passages of the text these are
-    stream: Stream          # at the edited layer's input, t..t+10
-    cache: Cache            # of the tokens before t; only the layers from the edited one up are filled
-    s: StepInputs           # the six tensors of the edited head, H = 1, t..t+10
-    logp: Tensor            # [P, 11, vocab] native log-probabilities
+    passage: Tensor  # [P] which passages of the text these are
+    stream: Stream  # at the edited layer's input, t..t+10
+    cache: Cache  # of the tokens before t; only the layers from the edited one up are filled
+    s: StepInputs  # the six tensors of the edited head, H = 1, t..t+10
+    logp: Tensor  # [P, 11, vocab] native log-probabilities
 
     def write(self) -> Factored:
         """What the head writes at t: k vᵀ of every passage."""
@@ -624,21 +713,23 @@ class Point(NamedTuple):
 
     def state(self) -> Factored:
         """The head's state after t, of every passage."""
-        before = self.cache.layers[self.layer]["state"][:, self.head, None]           # [P, 1, K, V]
+        before = self.cache.layers[self.layer]["state"][:, self.head, None]  # [P, 1, K, V]
         return matrix_of(states(self.s.times(0, 1), before)[:, 0, 0])
 
     def logits(self, change: Factored, row: Tensor | None = None) -> Tensor:
         """Logits at t..t+10 if change_i is added to the head's state after t, in passage row_i of
         these P (default: each in its own). change [n, r, ·], row [n] -> [n, 11, vocab].
 
-        Each of the r factors is one rank-1 edit. Nothing below the edited layer and nothing before t
-        runs again.
+        Each of the r factors is one rank-1 edit. Nothing below the edited layer and nothing before
+        t runs again.
         """
         stream, cache = self.stream, self.cache
         if row is not None:
             stream, cache = stream.rows(row), cache.rows(row)
-        edits = [Edit(self.layer, self.head, self.t, change.keys[:, r], change.values[:, r])
-                 for r in range(change.keys.shape[1])]
+        edits = [
+            Edit(self.layer, self.head, self.t, change.keys[:, r], change.values[:, r])
+            for r in range(change.keys.shape[1])
+        ]
         after, _ = self.model.run(stream, cache, edits, first=self.layer)
         return at_least_fp32(self.model.unembed(after))
 
@@ -648,8 +739,15 @@ class Point(NamedTuple):
 
 
 @torch.no_grad()
-def points(model: LanguageModel, tokens: Tensor, layer: int, head: int, positions, branches: int = 1,
-           progress=iter):
+def points(
+    model: LanguageModel,
+    tokens: Tensor,
+    layer: int,
+    head: int,
+    positions,
+    branches: int = 1,
+    progress=iter,
+):
     """Yield a Point for each position, increasing, of every batch of passages. tokens [n, T].
 
     One native pass over a passage serves all its points. A batch holds as many passages as
@@ -659,30 +757,34 @@ def points(model: LanguageModel, tokens: Tensor, layer: int, head: int, position
     model.check_cell(layer, head)
     positions = list(positions)
     if not positions or positions[0] < 1 or positions[-1] + HORIZONS > tokens.shape[1]:
-        raise InputError(f"positions {positions[:1]}..{positions[-1:]} do not fit passages of "
-                         f"{tokens.shape[1]} tokens: the last needs {HORIZONS - 1} after it")
+        raise InputError(
+            f"positions {positions[:1]}..{positions[-1:]} do not fit passages of "
+            f"{tokens.shape[1]} tokens: the last needs {HORIZONS - 1} after it"
+        )
     size = max(1, BATCH_BYTES // (4 * branches * HORIZONS * model.vocab))
     batches = torch.arange(len(tokens), device=tokens.device).split(size)
     steps = [(passage, t) for passage in batches for t in positions]
     for passage, t in progress(steps):
         if t == positions[0]:
-            below, _ = model.run(model.embed(tokens[passage]), last=layer)      # the layer's input
-            last, _ = model.run(below, first=layer)                         # the last layer's output
+            below, _ = model.run(model.embed(tokens[passage]), last=layer)  # the layer's input
+            last, _ = model.run(below, first=layer)  # the last layer's output
             s = model.step_inputs(below, layer).heads([head])
             cache, done = None, 0
         _, cache = model.run(below.times(done, t), cache, first=layer)
         done, end = t, t + HORIZONS
         logp = at_least_fp32(model.unembed(last.times(t, end))).log_softmax(-1)
-        yield Point(model, layer, head, t, passage, below.times(t, end), cache, s.times(t, end), logp)
+        yield Point(
+            model, layer, head, t, passage, below.times(t, end), cache, s.times(t, end), logp
+        )
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p ‖ q) in nats from log-probabilities [..., vocab] -> [...].
 
     Σ p (e^d − 1 − d) with d = log q − log p. The added Σ p (e^d − 1) = Σ q − Σ p is zero, but now
-    every term is ≥ 0 and of second order in d, so that an effect of 1e-9 nats is still read in fp32,
-    where Σ p (log p − log q) ends at 1e-7. (Beyond d = 60 p is nothing beside q; cut there, so that
-    no e^d overflows.)
+    every term is ≥ 0 and of second order in d, so that an effect of 1e-9 nats is still read in
+    fp32, where Σ p (log p − log q) ends at 1e-7. (Beyond d = 60 p is nothing beside q; cut there,
+    so that no e^d overflows.)
     """
     d = (q - p).clamp(max=60)
     return (p.exp() * (d.expm1() - d)).sum(-1)
@@ -691,22 +793,31 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 # 5. The replacement test
 # --------------------------------------------------------------------------------------------------
-CONTROLS_EVERY = 4               # random, projected and native: at every fourth position only
+CONTROLS_EVERY = 4  # random, projected and native: at every fourth position only
 
 
 @torch.inference_mode()
-def replacement(model: LanguageModel, dictionaries: dict[str, WriteSAE], tokens: Tensor, layer: int,
-                head: int, positions, generator: torch.Generator, whole: bool = False,
-                progress=iter) -> Table:
+def replacement(
+    model: LanguageModel,
+    dictionaries: dict[str, WriteSAE],
+    tokens: Tensor,
+    layer: int,
+    head: int,
+    positions,
+    generator: torch.Generator,
+    whole: bool = False,
+    progress=iter,
+) -> Table:
     """Put something else where a native write was: how far do the next eleven predictions move?
 
     What stands where the write X = k vᵀ stood:
         (a name)   a A         the dominant atom of that dictionary, with its coefficient
         delete     nothing
         random     a A_j       another atom of the first dictionary, same coefficient
-        projected  ⟨R, X⟩ R    a random rank-1 direction at its own least-squares coefficient: always
-                               nearer to X than nothing is (‖X − aA‖² = ‖X‖² − a² for every unit A), and
-                               yet no stand-in for it; a win means something only above its rate
+        projected  ⟨R, X⟩ R    a random rank-1 direction at its own least-squares coefficient:
+                   always
+                               nearer to X than nothing is (‖X − aA‖² = ‖X‖² − a² for every unit A),
+                               and yet no stand-in for it; a win means something only above its rate
         native     X           the write itself put back: the noise floor
     and with whole=True NAME_whole: all active atoms of the dictionary together.
 
@@ -723,7 +834,7 @@ def replacement(model: LanguageModel, dictionaries: dict[str, WriteSAE], tokens:
         for name, sae in dictionaries.items():
             coded = p.state() if sae.cfg.get("source") == "state" else X
             index, a, A = sae.dominant(coded)
-            if sae.cfg.get("scale") == "least-squares":          # a state's coefficient is a state's size
+            if sae.cfg.get("scale") == "least-squares":  # a state's coefficient is a state's size
                 A = A.times(inner(A, X) / inner(A, A).clamp_min(1e-30))
             part |= {f"index_{name}": index, f"a_{name}": a, f"cosine_{name}": cosine(A, X)}
             put_in[name] = A
@@ -741,7 +852,9 @@ def replacement(model: LanguageModel, dictionaries: dict[str, WriteSAE], tokens:
     return stack(parts)
 
 
-def controls(first: tuple[str, WriteSAE], part: Table, X: Factored, generator) -> dict[str, Factored]:
+def controls(
+    first: tuple[str, WriteSAE], part: Table, X: Factored, generator
+) -> dict[str, Factored]:
     """`random`, `projected` and `native` of `replacement`, for the writes X."""
     name, sae = first
     index, a = part[f"index_{name}"], part[f"a_{name}"]
@@ -753,8 +866,10 @@ def controls(first: tuple[str, WriteSAE], part: Table, X: Factored, generator) -
 
 def random_direction(like: Factored, generator: torch.Generator) -> Factored:
     """A random rank-1 matrix of unit norm for each of `like` (r = 1)."""
+
     def unit(x: Tensor) -> Tensor:
         return F.normalize(torch.randn(x.shape, generator=generator).to(x), dim=-1)
+
     return Factored(unit(like.keys), unit(like.values))
 
 
@@ -769,8 +884,9 @@ def wilson(wins: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max((middle - half) / (1 + z2 / n), 0.0), min((middle + half) / (1 + z2 / n), 1.0)
 
 
-def cluster_bootstrap(values: Tensor, cluster: Tensor, generator: torch.Generator,
-                      draws: int = 1000) -> tuple[float, float]:
+def cluster_bootstrap(
+    values: Tensor, cluster: Tensor, generator: torch.Generator, draws: int = 1000
+) -> tuple[float, float]:
     """95 % interval of the mean of values [N] when whole clusters [N] (all rows of a file, of an
     atom) are drawn again, with replacement; NaN for none."""
     if len(values) == 0:
@@ -799,9 +915,11 @@ def rates(atom: Tensor, delete: Tensor) -> dict[str, float]:
     """
     if len(atom) == 0:
         return dict(win_rate=math.nan, recovered_pooled=math.nan, recovered_median=math.nan)
-    return dict(win_rate=(atom < delete).double().mean().item(),
-                recovered_pooled=(1 - atom.sum() / delete.sum()).item(),
-                recovered_median=(1 - atom / delete.clamp_min(1e-30)).median().item())
+    return dict(
+        win_rate=(atom < delete).double().mean().item(),
+        recovered_pooled=(1 - atom.sum() / delete.sum()).item(),
+        recovered_median=(1 - atom / delete.clamp_min(1e-30)).median().item(),
+    )
 
 
 def fires(table: Table, name: str, cosine_min: float) -> Tensor:
@@ -842,25 +960,33 @@ def replacement_figures(table: Table, cosine_min: float, generator: torch.Genera
     atoms, which, uses = table["index_atom"][here].unique(return_inverse=True, return_counts=True)
     per_atom = torch.bincount(which, wins.double(), len(atoms)) / uses
     often = uses >= 5
-    control = here & kl["random"].isfinite()                 # firings where the controls were measured
+    control = here & kl["random"].isfinite()  # firings where the controls were measured
     ordered = (kl["atom"] < kl["delete"]) & (kl["delete"] < kl["random"])
     beaten = kl["projected"] < kl["delete"]
     weak_to_strong = wins[delete.argsort()].chunk(4) if len(wins) >= 4 else []
     figures = dictionary_figures(table, "atom", cosine_min) | dict(
-        n_positions=len(here), n_firings=len(wins), n_atoms=len(atoms),
+        n_positions=len(here),
+        n_firings=len(wins),
+        n_atoms=len(atoms),
         n_passages=len(table["passage"][here].unique()),
         win_ci95=wilson(int(wins.sum()), len(wins)),
         win_ci95_by_file=cluster_bootstrap(wins, table["file"][here], generator),
-        n_atoms_often=int(often.sum()), n_firings_often=int(uses[often].sum()),
+        n_atoms_often=int(often.sum()),
+        n_firings_often=int(uses[often].sum()),
         per_atom_win_rate=per_atom[often].mean().item(),
         win_ci95_by_atom=cluster_bootstrap(wins[often[which]], which[often[which]], generator),
         strict_order_rate=ordered[control].double().mean().item(),
         projected_win_rate=beaten[control].double().mean().item(),
-        median_kl={name: x.median().item() if len(x) else math.nan for name, x in at_firings.items()},
+        median_kl={
+            name: x.median().item() if len(x) else math.nan for name, x in at_firings.items()
+        },
         failure_by_quartile=[1 - quarter.double().mean().item() for quarter in weak_to_strong],
-        by_horizon=[dict(horizon=h) | rates(table["kl_atom"][here, h].double(),
-                                            table["kl_delete"][here, h].double())
-                    for h in range(HORIZONS)])
+        by_horizon=[
+            dict(horizon=h)
+            | rates(table["kl_atom"][here, h].double(), table["kl_delete"][here, h].double())
+            for h in range(HORIZONS)
+        ],
+    )
     if "kl_untrained" in table:
         figures["untrained"] = untrained_figures(table, cosine_min, generator)
     return figures
@@ -870,23 +996,33 @@ def untrained_figures(table: Table, cosine_min: float, generator: torch.Generato
     """The null's own figures, and over all positions what learning added to it:
 
     win_gain_all     win rate of the trained minus the untrained one, paired; interval by file
-    kl_left_all      ΣKL_trained / ΣKL_untrained (1: training added nothing, 0: all that was missing)
+    kl_left_all      ΣKL_trained / ΣKL_untrained (1: training added nothing, 0: all that was
+                     missing)
     """
     delete, null = effect(table, "delete"), effect(table, "untrained")
     gain = (effect(table, "atom") < delete).double() - (null < delete).double()
     return dictionary_figures(table, "untrained", cosine_min) | dict(
         win_gain_all=gain.mean().item(),
         win_gain_all_ci95=cluster_bootstrap(gain, table["file"], generator),
-        kl_left_all=(effect(table, "atom").sum() / null.sum()).item())
+        kl_left_all=(effect(table, "atom").sum() / null.sum()).item(),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 # 6. The logit-change formula: a ladder from the paper's three factors to the exact second order
 # --------------------------------------------------------------------------------------------------
 #: each rung's name -> the order in the edit's size to which it is exact (0: not even the first)
-RUNGS = {"three factors": 0, "three factors, fitted": 0, "exact transition": 0, "gated": 0,
-         "gated and scaled": 0, "direct path": 0, "full Jacobian": 1, "mean of two Jacobians": 2,
-         "exact head, mean of two": 2}
+RUNGS = {
+    "three factors": 0,
+    "three factors, fitted": 0,
+    "exact transition": 0,
+    "gated": 0,
+    "gated and scaled": 0,
+    "direct path": 0,
+    "full Jacobian": 1,
+    "mean of two Jacobians": 2,
+    "exact head, mean of two": 2,
+}
 RANKS = (1, 2, 3, 4, 5, 10, 50)  # of the tokens whose logits are predicted, at the write's step
 
 
@@ -959,10 +1095,14 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     to_stream, to_logits = W_O.T, W_U.mT
     delta_o = moved_reads(change, p.s)  # [P, 11, V]
     gates_alone = moved_reads(change, p.s._replace(erase_in=None, erase_out=None))
-    rungs = {"three factors": gates_alone @ to_stream @ to_logits,  # [P, 11, n]
-             "exact transition": delta_o @ to_stream @ to_logits,
-             "gated": gate * delta_o @ to_stream @ to_logits}
-    scaled = norm_slope(model.norm, at_least_fp32(last.x)) * (gate * scale * delta_o @ to_stream)  # [P, 11, D]
+    rungs = {
+        "three factors": gates_alone @ to_stream @ to_logits,  # [P, 11, n]
+        "exact transition": delta_o @ to_stream @ to_logits,
+        "gated": gate * delta_o @ to_stream @ to_logits,
+    }
+    scaled = norm_slope(model.norm, at_least_fp32(last.x)) * (
+        gate * scale * delta_o @ to_stream
+    )  # [P, 11, D]
     rungs["gated and scaled"] = scaled @ to_logits
 
     other_heads = (0, 0, p.head, s.q.shape[2] - p.head - 1)
@@ -1003,8 +1143,17 @@ def firings(p: Point, sae: WriteSAE, cosine_min: float) -> tuple[Tensor, Factore
 
 
 @torch.no_grad()
-def ladder(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions,
-           cosine_min: float, eps: float = 0.1, progress=iter) -> Table:
+def ladder(
+    model: LanguageModel,
+    sae: WriteSAE,
+    tokens: Tensor,
+    layer: int,
+    head: int,
+    positions,
+    cosine_min: float,
+    eps: float = 0.1,
+    progress=iter,
+) -> Table:
     """`logit_ladder` at every firing, for three edits: swap (a A in the write's place), delete (the
     write taken out), small (the atom with norm eps added).
 
@@ -1016,12 +1165,18 @@ def ladder(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head
         index, A, row = firings(p, sae, cosine_min)
         if len(row) == 0:
             continue
-        p = p._replace(passage=p.passage[row], stream=p.stream.rows(row), cache=p.cache.rows(row),
-                       s=p.s.rows(row), logp=p.logp[row])
+        p = p._replace(
+            passage=p.passage[row],
+            stream=p.stream.rows(row),
+            cache=p.cache.rows(row),
+            s=p.s.rows(row),
+            logp=p.logp[row],
+        )
         X, A = p.write(), A.rows(row)
         size = inner(A, A).sqrt()
-        edits = dict(swap=A.minus(X), delete=X.times(-torch.ones_like(size)),
-                     small=A.times(eps / size))
+        edits = dict(
+            swap=A.minus(X), delete=X.times(-torch.ones_like(size)), small=A.times(eps / size)
+        )
         ranked = p.logp[:, 0].topk(max(RANKS)).indices  # [n, 50]
         targets = ranked[:, torch.tensor(RANKS) - 1]
         part = dict(passage=p.passage, position=torch.full_like(row, p.t), index=index[row])
@@ -1046,8 +1201,11 @@ def agreement(y: Tensor, y_hat: Tensor) -> dict[str, float]:
     spread = (y - y.mean()).square().sum()
     slope = (y * y_hat).sum() / y_hat.square().sum()
     same_sign = y.sign() == y_hat.sign()
-    return dict(r2=(1 - left / spread).item(), slope=slope.item(),
-                sign_agreement=same_sign.double().mean().item())
+    return dict(
+        r2=(1 - left / spread).item(),
+        slope=slope.item(),
+        sign_agreement=same_sign.double().mean().item(),
+    )
 
 
 def ladder_figures(table: Table) -> list[dict]:
@@ -1074,15 +1232,16 @@ STRATA = {"in prompt": True, "absent": False}  # of targets: do they stand in th
 
 class Prompts(NamedTuple):
     """N prompts as the unedited model reads them. Edits go to C heads at their last n positions."""
+
     model: LanguageModel
-    cells: list[tuple[int, int]]    # the C heads, as (layer, head)
-    last: Tensor                    # [N, n] the last tokens
-    before: Cache                   # before them
-    after: Cache                    # after them
-    logits: Tensor                  # [N, vocab] of the first new token
-    said: Tensor                    # [N, 20] the unedited continuation
-    s: StepInputs                   # of the heads side by side, over the n tokens: [N, n, C, ·]
-    gate: Tensor                    # [N, C, V] gate times norm weight, at the last token
+    cells: list[tuple[int, int]]  # the C heads, as (layer, head)
+    last: Tensor  # [N, n] the last tokens
+    before: Cache  # before them
+    after: Cache  # after them
+    logits: Tensor  # [N, vocab] of the first new token
+    said: Tensor  # [N, 20] the unedited continuation
+    s: StepInputs  # of the heads side by side, over the n tokens: [N, n, C, ·]
+    gate: Tensor  # [N, C, V] gate times norm weight, at the last token
 
     def read(self, keys: Tensor, values: Tensor, then: Tensor) -> tuple[Tensor, Cache]:
         """Read the last n tokens, key valueᵀ added to each head's state at each, and tokens `then`.
@@ -1096,7 +1255,7 @@ class Prompts(NamedTuple):
                 position = self.before.length + t
                 edits.append(Edit(layer, head, position, keys[:, t, c], values[:, t, c]))
         logits, cache = self.model(torch.cat([self.last, then], 1), self.before, edits)
-        return at_least_fp32(logits[:, n - 1:]), cache
+        return at_least_fp32(logits[:, n - 1 :]), cache
 
 
 @torch.no_grad()
@@ -1106,8 +1265,10 @@ def read_prompts(model: LanguageModel, tokens: Tensor, cells, n: int = EDITED) -
     for cell in cells:
         model.check_cell(*cell)
     if tokens.shape[1] <= n:
-        raise InputError(f"the prompt has {tokens.shape[1]} tokens; its last {n} are edited, and "
-                         "one must stand before them: give a longer one")
+        raise InputError(
+            f"the prompt has {tokens.shape[1]} tokens; its last {n} are edited, and "
+            "one must stand before them: give a longer one"
+        )
     last, (_, before) = tokens[:, -n:], model(tokens[:, :-n])
     logits, after = model(last, before)
     said, _ = model.generate(logits[:, -1], after, NEW)
@@ -1122,13 +1283,23 @@ def read_prompts(model: LanguageModel, tokens: Tensor, cells, n: int = EDITED) -
         stream, _ = model.run(stream, before, first=i, last=i + 1)
     # simplification: heads of all layers have one size, so that they can stand side by side
     s = StepInputs(*(None if x[0] is None else torch.cat(x, 2) for x in zip(*inputs)))
-    return Prompts(model, sorted(cells), last, before, after, at_least_fp32(logits[:, -1]), said,
-                   s, torch.cat(gates, 1))
+    return Prompts(
+        model,
+        sorted(cells),
+        last,
+        before,
+        after,
+        at_least_fp32(logits[:, -1]),
+        said,
+        s,
+        torch.cat(gates, 1),
+    )
 
 
 @torch.no_grad()
-def draw_targets(model: LanguageModel, tokens: Tensor, each: int,
-                 generator: torch.Generator) -> Table:
+def draw_targets(
+    model: LanguageModel, tokens: Tensor, each: int, generator: torch.Generator
+) -> Table:
     """Up to `each` targets of rank 100-1000 for the first new token, per prompt and stratum.
     tokens [P, T] -> a row per pair: prompt, target, stratum."""
     logits, _ = model(tokens)
@@ -1235,8 +1406,16 @@ def formula_slopes(prompts: Prompts, keys: Tensor, targets: Tensor, gated: bool)
     return torch.stack(gains, 1).unsqueeze(-1) * seen.unsqueeze(1)
 
 
-def steering_values(prompts: Prompts, keys: Tensor, targets: Tensor, kind: str, size: float,
-                    budget: bool, generator: torch.Generator, steps: int = 20) -> Tensor:
+def steering_values(
+    prompts: Prompts,
+    keys: Tensor,
+    targets: Tensor,
+    kind: str,
+    size: float,
+    budget: bool,
+    generator: torch.Generator,
+    steps: int = 20,
+) -> Tensor:
     """The values of a prompt's edits, [N, n, C, V], `sized`:
 
     random             the control
@@ -1283,9 +1462,18 @@ def nats(prompts: Prompts, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def steer(model: LanguageModel, tokens: Tensor, pairs: Table, cells, key: str = "read",
-          value: str | None = None, size: float = 3.0, budget: bool = False,
-          generator: torch.Generator | None = None, n: int = EDITED) -> Table:
+def steer(
+    model: LanguageModel,
+    tokens: Tensor,
+    pairs: Table,
+    cells,
+    key: str = "read",
+    value: str | None = None,
+    size: float = 3.0,
+    budget: bool = False,
+    generator: torch.Generator | None = None,
+    n: int = EDITED,
+) -> Table:
     """Edit the states of these cells at the last n tokens of prompts [P, T], decode 20 tokens.
 
     pairs: `draw_targets`. value None: no edit. Returns a row per pair: the columns of pairs, and
@@ -1312,11 +1500,18 @@ def steer(model: LanguageModel, tokens: Tensor, pairs: Table, cells, key: str = 
         kept, later = forced(model, prompts.said[:, 0], after)
         log_p = torch.cat([logits, later], 1).log_softmax(-1)  # [n, 20, vocab]
         without, _ = forced(model, target, prompts.after)
-        parts.append(part | dict(
-            said=said, kept=kept, size=state_change(after, prompts.after),
-            log_p=at_token(log_p, target[:, None].expand_as(kept)),
-            logit=at_token(logits[:, 0], target),
-            nll=nats(prompts, said), nll_forced=nats(prompts, without)))
+        parts.append(
+            part
+            | dict(
+                said=said,
+                kept=kept,
+                size=state_change(after, prompts.after),
+                log_p=at_token(log_p, target[:, None].expand_as(kept)),
+                logit=at_token(logits[:, 0], target),
+                nll=nats(prompts, said),
+                nll_forced=nats(prompts, without),
+            )
+        )
     return stack(parts)
 
 
@@ -1350,7 +1545,8 @@ def steering_figures(edited: Table, native: Table, random: Table) -> dict:
         persists_rate=figures["edited_persists_rate"],
         persists_ci95=wilson(int(kept.sum()), len(kept)),
         first_step_lift_nats=(edited["log_p"] - native["log_p"])[:, 0].mean().item(),
-        said_at=torch.bincount(first, minlength=NEW).tolist())
+        said_at=torch.bincount(first, minlength=NEW).tolist(),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1360,14 +1556,26 @@ def every_second(file: Tensor) -> Tensor:
     """True for passages of every second file: there we choose, on the others we test. [P] -> [P]"""
     files = file.unique()
     if len(files) < 2:
-        raise InputError("the text is one file; what is chosen on some files is tested on others, "
-                         "so give a folder of them")
+        raise InputError(
+            "the text is one file; what is chosen on some files is tested on others, "
+            "so give a folder of them"
+        )
     return torch.isin(file, files[::2])
 
 
 @torch.inference_mode()
-def promoted_tokens(model: LanguageModel, sae: WriteSAE, tokens: Tensor, file: Tensor, layer: int,
-                    head: int, positions, cosine_min: float, n_atoms: int, progress=iter):
+def promoted_tokens(
+    model: LanguageModel,
+    sae: WriteSAE,
+    tokens: Tensor,
+    file: Tensor,
+    layer: int,
+    head: int,
+    positions,
+    cosine_min: float,
+    n_atoms: int,
+    progress=iter,
+):
     """The atoms that fire in most files of these passages, and the token that each promotes by
     the formula alone, [n_atoms] each. No edit has a say in it: by the ladder's rung "gated" for a A
 
@@ -1395,9 +1603,19 @@ def as_large_as(Y: Factored, X: Factored) -> Factored:
 
 
 @torch.inference_mode()
-def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions,
-            file: Tensor, generator: torch.Generator, cosine_min: float, n_atoms: int = 20,
-            progress=iter) -> Table:
+def erasure(
+    model: LanguageModel,
+    sae: WriteSAE,
+    tokens: Tensor,
+    layer: int,
+    head: int,
+    positions,
+    file: Tensor,
+    generator: torch.Generator,
+    cosine_min: float,
+    n_atoms: int = 20,
+    progress=iter,
+) -> Table:
     """Does an atom promote a token? Take it out where it fires, and see whether that token falls.
 
     Atoms and tokens are chosen in every second file (`promoted_tokens`). In the others, at each
@@ -1415,8 +1633,18 @@ def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, hea
     """
     choosing = every_second(file)
     chosen_in, tested = choosing.nonzero()[:, 0], (~choosing).nonzero()[:, 0]
-    atoms, promoted = promoted_tokens(model, sae, tokens[chosen_in], file[chosen_in], layer, head,
-                                      positions, cosine_min, n_atoms, progress)
+    atoms, promoted = promoted_tokens(
+        model,
+        sae,
+        tokens[chosen_in],
+        file[chosen_in],
+        layer,
+        head,
+        positions,
+        cosine_min,
+        n_atoms,
+        progress,
+    )
     parts = []
     for p in points(model, tokens[tested], layer, head, positions, progress=progress):
         dominant, all_A, row = firings(p, sae, cosine_min)
@@ -1432,8 +1660,9 @@ def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, hea
         silent = dominant != index[:, None]  # [n, P]
         lots = torch.rand(silent.shape, generator=generator).to(silent.device)
         away = (lots * silent).argmax(1)  # one of the silent ones each
-        part = dict(passage=p.passage[row], position=torch.full_like(row, p.t), index=index,
-                    promoted=token)
+        part = dict(
+            passage=p.passage[row], position=torch.full_like(row, p.t), index=index, promoted=token
+        )
         out = dict(atom=A, random=as_large_as(A, R), other=as_large_as(A, B), elsewhere=A)
         for name, X in out.items():
             where = away if name == "elsewhere" else row
@@ -1442,8 +1671,10 @@ def erasure(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, hea
         part["elsewhere"][~silent.any(1)] = math.nan  # the atom fires everywhere
         parts.append(part)
     if not parts:
-        raise InputError("no atom fires in both halves of the files: take more --passages or a "
-                         "lower --cosine-min")
+        raise InputError(
+            "no atom fires in both halves of the files: take more --passages or a "
+            "lower --cosine-min"
+        )
     table = stack(parts)
     passage = tested[table["passage"]]
     return table | dict(passage=passage, file=file[passage])
@@ -1457,38 +1688,63 @@ def erasure_figures(table: Table, generator: torch.Generator) -> dict:
     for name, column in columns.items():
         x = table[column].double()
         x = x[x.isfinite()]
-        figures |= {name + "_median": x.median().item(), name + "_mean": x.mean().item(),
-                    name + "_falls": (x < 0).double().mean().item()}
+        figures |= {
+            name + "_median": x.median().item(),
+            name + "_mean": x.mean().item(),
+            name + "_falls": (x < 0).double().mean().item(),
+        }
     effect = table["atom"] - table["random"]
-    return figures | dict(effect=effect.double().mean().item(),
-                          effect_ci95=cluster_bootstrap(effect, table["file"], generator))
+    return figures | dict(
+        effect=effect.double().mean().item(),
+        effect_ci95=cluster_bootstrap(effect, table["file"], generator),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 # 9. A population of atoms
 # --------------------------------------------------------------------------------------------------
 @torch.inference_mode()
-def codes(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int,
-          progress=iter) -> Table:
-    """The dominant atom of every write of a text. tokens [n, T] -> a row per token: passage, position,
-    token, index, a, cosine (of a A and the write)."""
+def codes(
+    model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, progress=iter
+) -> Table:
+    """The dominant atom of every write of a text. tokens [n, T] -> a row per token: passage,
+    position, token, index, a, cosine (of a A and the write)."""
     parts = []
     for passage in progress(torch.arange(len(tokens)).split(8)):
-        X, = collect(model, tokens[passage], layer, [head])
+        (X,) = collect(model, tokens[passage], layer, [head])
         index, a, A = sae.dominant(X)
         n, T = tokens[passage].shape
-        parts.append(dict(passage=passage.repeat_interleave(T), position=torch.arange(T).repeat(n),
-                          token=tokens[passage].flatten(), index=index, a=a, cosine=cosine(A, X)))
+        parts.append(
+            dict(
+                passage=passage.repeat_interleave(T),
+                position=torch.arange(T).repeat(n),
+                token=tokens[passage].flatten(),
+                index=index,
+                a=a,
+                cosine=cosine(A, X),
+            )
+        )
     return stack(parts)
 
 
 @torch.inference_mode()
-def taken_out(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, at: Table,
-              progress=iter) -> Tensor:
-    """What every token loses if a A is taken out of the state at each row of `at` (`codes`): change of
-    its log-probability in nats, the mean over the write's step and the ten after it. -> [N, vocab]"""
+def taken_out(
+    model: LanguageModel,
+    sae: WriteSAE,
+    tokens: Tensor,
+    layer: int,
+    head: int,
+    at: Table,
+    progress=iter,
+) -> Tensor:
+    """What every token loses if a A is taken out of the state at each row of `at` (`codes`): change
+    of its log-probability in nats, the mean over the write's step and the ten after it. -> [N,
+    vocab]
+    """
     moved = torch.zeros(len(at["a"]), model.vocab)
-    for p in points(model, tokens, layer, head, at["position"].unique().tolist(), progress=progress):
+    for p in points(
+        model, tokens, layer, head, at["position"].unique().tolist(), progress=progress
+    ):
         here = (at["position"] == p.t) & torch.isin(at["passage"], p.passage.cpu())
         events = here.nonzero()[:, 0]
         if len(events) == 0:
@@ -1505,46 +1761,59 @@ def population_figures(table: Table, cosine_min: float) -> dict:
 
     often_share    share of firings by atoms that fire at least five times
     token_purity   mean over those atoms of the share of their firings on their most frequent token
-    groups         `two_gaussians` of the atoms' mean cosines with their writes: the paper's registers
+    groups         `two_gaussians` of the atoms' mean cosines with their writes: the paper's
+                   registers
                    (the nearer group) and bundles
     """
     here = (table["a"] > 0) & (table["cosine"] >= cosine_min)
     atoms, which, uses = table["index"][here].unique(return_inverse=True, return_counts=True)
     often = uses >= 5
-    purity = [table["token"][here][which == i].bincount().max().item() / uses[i].item()
-              for i in often.nonzero()[:, 0].tolist()]
+    purity = [
+        table["token"][here][which == i].bincount().max().item() / uses[i].item()
+        for i in often.nonzero()[:, 0].tolist()
+    ]
     dominant = table["a"] > 0
     alive, group, n = table["index"][dominant].unique(return_inverse=True, return_counts=True)
     mean_cosine = torch.bincount(group, table["cosine"][dominant].double(), len(alive)) / n
-    return dict(n_firings=int(here.sum()), n_atoms=len(atoms), n_atoms_often=int(often.sum()),
-                often_share=(uses[often].sum() / max(1, int(here.sum()))).item(),
-                token_purity=sum(purity) / len(purity) if purity else math.nan,
-                groups=two_gaussians(mean_cosine[n >= 5]))
+    return dict(
+        n_firings=int(here.sum()),
+        n_atoms=len(atoms),
+        n_atoms_often=int(often.sum()),
+        often_share=(uses[often].sum() / max(1, int(here.sum()))).item(),
+        token_purity=sum(purity) / len(purity) if purity else math.nan,
+        groups=two_gaussians(mean_cosine[n >= 5]),
+    )
 
 
 def two_gaussians(x: Tensor, steps: int = 500) -> dict:
     """Two Gaussians fitted to x [N] by expectation maximisation, from the lower and the upper half.
 
-    Returns n, mean and deviation of both, the nearer to 1 first, and delta_bic, BIC of two minus BIC of
-    one, where BIC = parameters · log N − 2 log likelihood: negative if two are worth their parameters.
+    Returns n, mean and deviation of both, the nearer to 1 first, and delta_bic, BIC of two minus
+    BIC of one, where BIC = parameters · log N − 2 log likelihood: negative if two are worth their
+    parameters.
     """
     if len(x) < 10:
         return dict(n=[0, 0], mean=[math.nan] * 2, deviation=[math.nan] * 2, delta_bic=math.nan)
     x = x.double()
     upper = (x > x.median()).double()
-    share = torch.stack([upper, 1 - upper])                   # [2, N] how far each x belongs to each
+    share = torch.stack([upper, 1 - upper])  # [2, N] how far each x belongs to each
     for _ in range(steps):
         weight = share.sum(1) / len(x)
         mean = (share @ x) / share.sum(1)
-        deviation = ((share * (x - mean[:, None]).square()).sum(1) / share.sum(1)).sqrt().clamp_min(1e-3)
+        deviation = (
+            ((share * (x - mean[:, None]).square()).sum(1) / share.sum(1)).sqrt().clamp_min(1e-3)
+        )
         log_density = weight.log()[:, None] + log_normal(x, mean[:, None], deviation[:, None])
         share = log_density.softmax(0)
     one = log_normal(x, x.mean(), x.std(correction=0)).sum()
     two = log_density.logsumexp(0).sum()
     order = mean.argsort(descending=True)
-    return dict(n=(weight[order] * len(x)).round().int().tolist(), mean=mean[order].tolist(),
-                deviation=deviation[order].tolist(),
-                delta_bic=((5 - 2) * math.log(len(x)) - 2 * (two - one)).item())
+    return dict(
+        n=(weight[order] * len(x)).round().int().tolist(),
+        mean=mean[order].tolist(),
+        deviation=deviation[order].tolist(),
+        delta_bic=((5 - 2) * math.log(len(x)) - 2 * (two - one)).item(),
+    )
 
 
 def log_normal(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
@@ -1553,27 +1822,47 @@ def log_normal(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def passage_test(model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, positions,
-                 cosine_min: float, generator: torch.Generator, progress=iter) -> Table:
-    """All firings of a passage at once: bits per token (over the tokens after the first position) of
-    the unmodified model (native), with their writes deleted, with their atoms in the writes' places,
-    and with random rank-1 matrices of the writes' norms there. tokens [n, T] -> a row per passage."""
+def passage_test(
+    model: LanguageModel,
+    sae: WriteSAE,
+    tokens: Tensor,
+    layer: int,
+    head: int,
+    positions,
+    cosine_min: float,
+    generator: torch.Generator,
+    progress=iter,
+) -> Table:
+    """All firings of a passage at once: bits per token (over the tokens after the first position)
+    of the unmodified model (native), with their writes deleted, with their atoms in the writes'
+    places, and with random rank-1 matrices of the writes' norms there. tokens [n, T] -> a row per
+    passage.
+    """
     parts = []
     for batch in progress(tokens.split(16)):
         n, T = batch.shape
-        X, = collect(model, batch, layer, [head])
+        (X,) = collect(model, batch, layer, [head])
         _, a, A = sae.dominant(X)
         fires = (a > 0) & (cosine(A, X) >= cosine_min)
         R = random_direction(X, generator).times(inner(X, X).sqrt())
         part = dict(firings=fires.view(n, T)[:, positions].sum(1))
         for name, Y in dict(native=X, delete=X.times(0 * a), atom=A, random=R).items():
-            change = Y.minus(X).times(fires.to(a.dtype))               # nothing where no atom fires
-            edits = [Edit(layer, head, t, change.keys.unflatten(0, (n, T))[:, t, r],
-                          change.values.unflatten(0, (n, T))[:, t, r])
-                     for t in positions for r in range(change.keys.shape[1])]
+            change = Y.minus(X).times(fires.to(a.dtype))  # nothing where no atom fires
+            edits = [
+                Edit(
+                    layer,
+                    head,
+                    t,
+                    change.keys.unflatten(0, (n, T))[:, t, r],
+                    change.values.unflatten(0, (n, T))[:, t, r],
+                )
+                for t in positions
+                for r in range(change.keys.shape[1])
+            ]
             logits, _ = model(batch, edits=() if name == "native" else edits)
-            nats = F.cross_entropy(logits[:, positions[0]:-1].mT, batch[:, positions[0] + 1:],
-                                   reduction="none")
+            nats = F.cross_entropy(
+                logits[:, positions[0] : -1].mT, batch[:, positions[0] + 1 :], reduction="none"
+            )
             part["bits_" + name] = nats.mean(1) / math.log(2)
         parts.append(part)
     return stack(parts)
