@@ -1,11 +1,10 @@
 """Gated DeltaNet (in Qwen3.5), Mamba-2 and RWKV-7 as one recurrence, in plain PyTorch.
 
-    logits, cache = load("checkpoints/gdn")(tokens)      # tokens [B, T] -> logits [B, T, vocab]
+    logits, cache = load("checkpoints/gdn")(tokens)  # tokens [B, T] -> logits [B, T, vocab]
 
 Each head of these models keeps a matrix, its *state* S, and updates it once per token:
 
-    S_t = A_t S_{t-1} + k_t v_tᵀ     A_t = diag(decay_t) − erase_out_t erase_in_tᵀ     o_t = S_tᵀ
-                                     q_t
+    S_t = A_t S_{t-1} + k_t v_tᵀ    A_t = diag(decay_t) − erase_out_t erase_in_tᵀ    o_t = S_tᵀ q_t
 
 S is a memory. A token *writes* its value v under its key k, and *reads* what is stored under its
 query q. A memory that is only written to fills up, so all of it *decays* a little with each token.
@@ -16,8 +15,7 @@ The state is key first everywhere: S is [K, V] (K = key size, V = value size). O
 other layouts. The models differ in how they make the six tensors from their input x. Gated DeltaNet
 has α (how much is kept) and β (how much is written anew), both between 0 and 1. Mamba-2 has a step
 size Δ > 0 and a decay rate A < 0; its key is called B, its query C. RWKV-7's query is called r, its
-decay w; it erases along a unit vector κ̂ at a rate a, between 0 and 1 per key channel; k_a is
-learned.
+decay w; it erases along a unit vector κ̂ at a rate a, in (0, 1) per key channel; k_a is learned.
 
     role     here        shape            Gated DeltaNet    Mamba-2          RWKV-7
     query    q           [B, T, H, K]     q/√K, unit norm   C                r
@@ -154,8 +152,8 @@ def propagate(key: Tensor, s: StepInputs) -> tuple[Tensor, Tensor]:
         u_t = key        u_s = A_s u_{s-1}        δo_s = (u_s · q_s) y
 
     That is the recurrence itself with a value size of 1, driven by the single write (key, 1) at its
-    first step. (The first step's own transition does no harm: it meets an empty state.)
-    Replacement, the logit formula, steering and erasing all stand on this function.
+    first step. (That step's own transition does no harm: it meets an empty state.) Replacement, the
+    logit formula, steering and erasing all stand on this function.
 
     key [B, H, K], one edit per head; s: the six tensors of those heads, from the edited token on.
     Returns gain [B, T, H], the u_s · q_s, and the last u [B, H, K]. In the example of `recurrence`,
@@ -218,7 +216,7 @@ def recurrence_chunked(
     check_shapes(s, state)
     (B, T, H, K), V = s.q.shape, s.v.shape[-1]
     C = min(T, chunk or (32 if s.log_decay.shape[-1] == 1 else 16))
-    N = -(-T // C)  # chunks; the last is padded with zeros, which change nothing
+    N = -(-T // C)  # chunks; the last is padded with zeros: no change
 
     def split(x: Tensor) -> Tensor:  # [B, T, H, ·] -> [N, B·H, C, ·]
         if N * C > T:
@@ -254,7 +252,7 @@ def recurrence_chunked(
     return o[:, :T], S.view(B, H, K, V)
 
 
-# ---- 2. An edit of the state -------------------------------------
+# ---- 2. An edit of the state ----
 class Edit(NamedTuple):
     """Add key valueᵀ to a head's state right after the write of a token. Edit(..., -k, v) takes the
     native write out."""
@@ -299,8 +297,7 @@ def causal_conv(x: Tensor, tail: Tensor | None, conv: nn.Conv1d) -> tuple[Tensor
     """silu of a causal depthwise convolution of width W: y_t = Σ_i weight_i x_{t−W+1+i} + bias.
 
     x [B, T, C]; tail [B, W−1, C], the inputs just before x; conv holds the weights. The last tap
-    meets the current token. Returns y and the new tail. (Faster than conv(x), which wants [B, C,
-    T].)
+    meets the current token. Returns y, new tail. (Faster than conv(x), which wants [B, C, T].)
     """
     T, taps = x.shape[1], conv.weight[:, 0].T.contiguous()  # [W, C]
     if tail is None:
@@ -386,7 +383,7 @@ class GatedDeltaNet(nn.Module):
         s = StepInputs(q, k, beta * v, log_alpha, k, log_alpha.exp() * beta * k)
         return s, self.in_proj_z(h), {"tail": tail}
 
-    def gate_and_scale(self, o: Tensor, s: StepInputs, z: Tensor) -> tuple[Tensor, Tensor]:
+    def gate_and_scale(self, o: Tensor, s: StepInputs, z: Tensor):
         """RMSNorm(o) silu(z) = o / rms(o) · w · silu(z): gate = silu(z) w, scale = 1/rms(o)."""
         gate = F.silu(at_least_fp32(z).view(o.shape)) * at_least_fp32(self.norm.weight)
         return gate, self.norm.scale(o)
@@ -446,7 +443,7 @@ class Mamba2(nn.Module):
         s = StepInputs(self.per_head(C), self.per_head(B), delta * x, delta * A)
         return s, (at_least_fp32(self.D).unsqueeze(-1) * x, z), {"tail": tail}
 
-    def gate_and_scale(self, o: Tensor, s: StepInputs, rest: tuple) -> tuple[Tensor, Tensor]:
+    def gate_and_scale(self, o: Tensor, s: StepInputs, rest: tuple):
         """With u = (o + D x) silu(z), RMSNorm(u) = u / rms(u) · w, rms over a group of heads:
         gate = silu(z) w, scale = 1/rms(u)."""
         Dx, z = rest
@@ -523,7 +520,7 @@ class RWKV7(nn.Module):
         s = StepInputs(r, k, v, log_w, erase_in=kappa, erase_out=a * kappa)
         return s, self.g_lora(h + shift * self.x_g), {"tail": tail}
 
-    def gate_and_scale(self, o: Tensor, s: StepInputs, g: Tensor) -> tuple[Tensor, Tensor]:
+    def gate_and_scale(self, o: Tensor, s: StepInputs, g: Tensor):
         """g GroupNorm(o) = g ((o − mean o) / std(o) · w + bias): gate = g w, scale = 1/std(o)."""
         scale = torch.rsqrt(o.var(-1, keepdim=True, unbiased=False) + self.eps)
         return self.per_head(g) * self.per_head(self.g_norm.weight), scale
@@ -563,8 +560,7 @@ class GatedAttention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(size, eps, offset=1.0), RMSNorm(size, eps, offset=1.0)
 
     def rotate(self, x: Tensor, start: int) -> Tensor:
-        """Rotary positions on x [B, heads, T, size]: channel i < rotary/2 turns with i +
-        rotary/2."""
+        """Rotary positions on x [B, heads, T, size]: channel i turns with i + rotary/2."""
         half = self.rotary // 2  # simplification: positions of text alone, no image's rows
         channel = torch.arange(half, device=x.device, dtype=torch.float32)
         position = torch.arange(start, start + x.shape[2], device=x.device)
@@ -810,10 +806,9 @@ class LanguageModel(nn.Module):
             f"head {head}: layer {layer} of {self.name} has heads 0.." f"{heads - 1}",
         )
 
-    def generate(self, logits: Tensor, cache: Cache, n: int) -> tuple[Tensor, Tensor]:
+    def generate(self, logits: Tensor, cache: Cache, n: int):
         """n tokens, each the most probable next one, after a prompt's last logits [B, vocab] and
-        its cache. Returns tokens [B, n] and the logits that they were chosen from, [B, n,
-        vocab]."""
+        cache. Returns tokens [B, n] and the logits that they were chosen from, [B, n, vocab]."""
         tokens, chosen_from = [logits.argmax(-1)], [logits]
         while len(tokens) < n:
             logits, cache = self(tokens[-1][:, None], cache)
@@ -828,9 +823,9 @@ def check_shapes(s: StepInputs, state: Tensor | None):
     (B, T, H, K), V = s.q.shape, s.v.shape[-1]
     if s.k.shape != s.q.shape or s.v.shape[:3] != (B, T, H):
         raise ValueError(
-            f"q is {list(s.q.shape)}, k {list(s.k.shape)}, v {list(s.v.shape)}; must be "
-            "[B,T,H,K], [B,T,H,K], [B,T,H,V]: is the head axis before the time axis, or "
-            "are grouped keys not yet repeated?"
+            f"q is {list(s.q.shape)}, k {list(s.k.shape)}, v {list(s.v.shape)}; must "
+            "be [B,T,H,K], [B,T,H,K], [B,T,H,V]: is the head axis before the time "
+            "axis, or are grouped keys not yet repeated?"
         )
     if s.log_decay.shape not in ((B, T, H, 1), (B, T, H, K)):
         raise ValueError(
@@ -850,8 +845,7 @@ def whole_ratio(a: int, b: int) -> int:
     return a // b
 
 
-# ---- 6. Models from configs: what comes from outside passes through `reading` and `number`
-# --------
+# ---- 6. Models from configs: what comes from outside passes through `reading` and `number` ----
 @contextlib.contextmanager
 def reading(path: str, advice: str = "is the download complete?"):
     """Whatever a parser raises at a file that is not what it should be, as one InputError."""
@@ -882,10 +876,10 @@ real = functools.partial(number, kind=float, most=10**12)
 def build(config: dict) -> LanguageModel:
     """An untrained model of the shape that a flat config.json describes. Raises InputError."""
     kind = str(config.get("model_type"))
+    what = OTHERS.get(kind, "unknown")
     require(
         kind in BUILDERS,
-        f"model_type {kind:.40} is not supported ({OTHERS.get(kind, 'unknown')}"
-        f"); supported: {', '.join(BUILDERS)}",
+        f"model_type {kind:.40} is not supported ({what}); supported: " f"{', '.join(BUILDERS)}",
     )
     with reading("config.json", "is it this model's?"):
         return BUILDERS[kind](config)
@@ -949,9 +943,7 @@ def build_mamba2(c: dict) -> LanguageModel:
         float(x["__float__"] if isinstance(x, dict) else x)
         for x in c.get("time_step_limit", (0.0, math.inf))
     ]
-    require(
-        0 <= low <= high, f"config.json: time_step_limit is {low}, {high}: not 0 <= low <= high"
-    )
+    require(0 <= low <= high, f"config.json: time_step_limit is {low}, {high}, not ordered")
     blocks = []
     for _ in range(layers_of(c)):
         mixer = Mamba2(
@@ -978,8 +970,7 @@ def build_mamba2(c: dict) -> LanguageModel:
 
 
 def build_rwkv7(c: dict) -> LanguageModel:
-    """RWKV-7: time mixing and channel mixing, LayerNorms with bias, one more after the
-    embedding."""
+    """RWKV-7: time and channel mixing, LayerNorms with bias, one more after the embedding."""
     D, K, eps = number(c, "hidden_size"), number(c, "head_dim", 64), real(c, "norm_eps", 1e-5)
     require(not c.get("attn"), "config.json: attn asks for attention layers; take a pure RWKV-7")
     ranks = {letter: number(c, name + "_low_rank_dim") for letter, name in RANKS.items()}
@@ -1004,7 +995,7 @@ def layers_of(c: dict) -> int:
     return number(c, "num_hidden_layers", most=1000)
 
 
-RANKS = {"w": "decay", "a": "a", "v": "v", "g": "gate"}  # RWKV-7's low ranks, as configs call them
+RANKS = {"w": "decay", "a": "a", "v": "v", "g": "gate"}  # RWKV-7's low ranks in configs
 BUILDERS = {
     "qwen3_5": build_qwen,
     "qwen3_5_text": build_qwen,
@@ -1013,15 +1004,14 @@ BUILDERS = {
 }
 OTHERS = {
     "qwen3_next": "Qwen3-Next, whose projections are packed",
-    "mamba": "Mamba-1, without heads",
     "rwkv": "RWKV-4",
+    "mamba": "Mamba-1, which has no heads",
     "rwkv5": "RWKV-5",
     "rwkv6": "RWKV-6",
 }
 
 
-# ---- 7. Checkpoints: every layout of the hub ends here
-# --------------------------------------------
+# ---- 7. Checkpoints: every layout of the hub ends here ----
 #: Beginnings of names, ours and the checkpoints': the model's, and those inside a block.
 HUB_NAMES = {
     "gdn": {
@@ -1065,7 +1055,7 @@ PICKLE = "a pickle, which can run code when it is opened; take a safetensors con
 SIGNS = {
     b"\x80": PICKLE,
     b"PK\x03\x04": PICKLE,
-    b"<": "a web page, not the file; download it again",
+    b"<": "a web page; download the file itself",
     b"version https://git-lfs": "a git-LFS pointer, not the file; fetch it with git lfs pull",
 }
 
@@ -1091,18 +1081,17 @@ class Stored(NamedTuple):
     part: int | None = None  # its row, where RWKV-7's six mixes are packed in one tensor
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """The tensor, alone: its file is opened for it and closed, so that nothing is held
-        twice."""
+        """The tensor, alone: its file is opened for it and closed, so nothing is held twice."""
         from safetensors import safe_open
 
         with reading(self.file), safe_open(self.file, "pt") as f:
             x = f.get_tensor(self.name)
             x = (x if self.part is None else x[self.part]).to(dtype, copy=True)
-        low, high = x.aminmax()  # without the copies that isfinite makes
+        low, high = map(float, x.aminmax())  # without the copies that isfinite makes
         require(
-            math.isfinite(low) and math.isfinite(high),
-            f"{self.file}: tensor {self.name} holds "
-            f"NaN or Inf, as {dtype}; download the file again",
+            math.isfinite(high - low),
+            f"{self.file}: tensor {self.name} holds NaN or Inf, as "
+            f"{dtype}; download the file again",
         )
         return x
 
@@ -1124,9 +1113,7 @@ def load(
         model = build(complete_config(config, stored))  # shapes only: no memory yet
     for ours, parameter in model.named_parameters():
         theirs = hub_name(model.architecture, ours)
-        require(
-            theirs in stored, f"{folder}: tensor {theirs} is missing; is the download complete?"
-        )
+        require(theirs in stored, f"{folder}: tensor {theirs} is missing; download it again")
         shape, asked = stored[theirs].shape, list(parameter.shape)
         fits = [n for n in shape if n > 1] == [n for n in asked if n > 1]  # x_r may be [1, 1, D]
         require(fits, f"{folder}: tensor {theirs} is {shape}, config.json asks for {asked}")
@@ -1203,14 +1190,13 @@ def find_files(folder: str) -> list[str]:
             sound = all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files)
         require(
             files and sound,
-            f"{index}: names a file that is no safetensors file beside it, but "
+            f"{index}: names what is no safetensors file beside it, maybe one "
             "outside the folder; download it again",
         )
         return sorted(files)
     if not os.path.exists(os.path.join(folder, "model.safetensors")):
-        pickles = [
-            f for f in sorted(os.listdir(folder)) if f.endswith((".bin", ".pth", ".pt", ".ckpt"))
-        ]
+        endings = (".bin", ".pth", ".pt", ".ckpt")
+        pickles = [file for file in sorted(os.listdir(folder)) if file.endswith(endings)]
         why = f"{pickles[0]} is {PICKLE}" if pickles else "no model.safetensors, no index"
         raise InputError(f"{folder}: {why}, e.g. AntonV/mamba2-370m-hf or fla-hub/rwkv7-1.5B-world")
     return ["model.safetensors"]
@@ -1228,7 +1214,7 @@ def find_tensors(folder: str) -> dict[str, Stored]:
             for name in f.keys():
                 uniform = name.replace("model.language_model.", "model.")
                 uniform = uniform.replace("backbone.embedding.", "backbone.embeddings.")
-                if uniform.startswith(("model.visual.", "mtp.")):  # Qwen3.5's eyes, and its drafts
+                if uniform.startswith(("model.visual.", "mtp.")):  # Qwen3.5's eyes, its drafts
                     continue
                 header = f.get_slice(name)
                 shape, dtype = list(header.get_shape()), header.get_dtype()
@@ -1285,9 +1271,8 @@ def save_then_rename(write: Callable[[str], None], path: str):
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); give another place"
-        ) from None
+        why = f"{path}: cannot be written ({error.strerror}); give another place"
+        raise InputError(why) from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -1318,8 +1303,7 @@ def save(model: LanguageModel, config: dict, folder: str, dtype: torch.dtype = t
     write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=1))
 
 
-# ---- 8. Text in and out, through the checkpoint's own tokenizer
-# ------------------------------------
+# ---- 8. Text in and out, through the checkpoint's own tokenizer ----
 class Tokenizer(NamedTuple):
     """Two functions."""
 
@@ -1348,8 +1332,8 @@ def load_tokenizer(model: LanguageModel) -> Tokenizer:
         sound = len(tokenizer.encode("a")) > 0
     require(
         most < model.vocab,
-        f"{path}: has ids up to {most}, the embedding {model.vocab} rows; is "
-        "it this model's tokenizer?",
+        f"{path}: has ids up to {most}, the embedding {model.vocab} rows; "
+        "is it this model's tokenizer?",
     )
     require(sound, f"{path}: gives no token for a letter; download it again")
     return tokenizer
@@ -1363,7 +1347,8 @@ def hub_tokenizer(path: str) -> tuple[Tokenizer, int]:
     inner = tokenizers.Tokenizer.from_file(path)
 
     def encode(text: str) -> list[int]:
-        return inner.encode(text, add_special_tokens=False).ids
+        with reading(path, "download it again"):  # a damaged one may fail at some texts only
+            return inner.encode(text, add_special_tokens=False).ids
 
     def decode(ids: list[int]) -> str:
         return inner.decode(ids, skip_special_tokens=False)

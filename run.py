@@ -356,7 +356,12 @@ def cell_metric(cell: Cell, quick: bool) -> tuple[Tensor, Tensor]:
 
 
 def fit(
-    sae: WriteSAE, X: Factored, generator: torch.Generator, quick: bool, steps: int | None = None
+    sae: WriteSAE,
+    X: Factored,
+    generator: torch.Generator,
+    quick: bool,
+    steps: int | None = None,
+    sample: int = 150_000,
 ):
     """Train an SAE by the method that fits its settings; says which in its cfg."""
     one_write = (sae.cfg["encoder"], sae.cfg["decoder"], sae.sparsity) == ("tied", "rank1", "topk")
@@ -368,7 +373,7 @@ def fit(
             X.values[:, 0],
             generator,
             steps or (8 if quick else 24),
-            20_000 if quick else 150_000,
+            20_000 if quick else sample,
             progress=progress("atoms"),
         )
     else:
@@ -716,14 +721,16 @@ def replace_rows(results: list[dict]) -> list[dict]:
     """Four rows for a cell: trained, the two nulls, the paper's."""
     (r,) = results
     null = r["untrained"]
+    low, high = r["win_ci95_by_file"]
+    interval = f" [{100 * low:.1f}, {100 * high:.1f}]"
     rows = [
-        r | dict(name="{model} L{layer}H{head}".format(**r), ci=r["win_ci95"]),
+        r | dict(name="{model} L{layer}H{head}".format(**r), interval=interval),
         null | dict(name="  untrained writes"),
         dict(name="  random direction", win_rate=r["projected_win_rate"]),
     ]
     if r["model"] in PAPER_REPLACE:
         rows.append(dict(name="  the paper") | PAPER_REPLACE[r["model"]])
-    return rows
+    return [dict(interval="") | row for row in rows]
 
 
 def replace_cells(results: list[dict]) -> str:
@@ -750,13 +757,12 @@ random training writes as atoms. random direction: at its own best coefficient; 
 time, so a win alone means little."""
 REPLACE_COLUMNS = {
     "cell               ": "{name:19}",
-    "n": "{n_firings:,}",
+    "     n": "{n_firings:,}",
     "cover": "{coverage:.1%}",
-    "win [95 %]": "{win_rate:.1%}",
-    "": "[{ci[0]:.1%}, {ci[1]:.1%}]",
+    "win [95 %]        ": "{win_rate:.1%}{interval}",
     "recovered": "{recovered_pooled:.2f}",
     "all: win": "{win_rate_all:.1%}",
-    "all: recovered": "{recovered_pooled_all:.2f}",
+    "all: recovered": "{recovered_pooled_all:.3f}",
 }
 
 
@@ -1283,7 +1289,8 @@ def atoms_rows(results: list[dict]) -> list[dict]:
     groups = population["groups"]
     print("""
 {model} L{layer}H{head}: {n_firings:,} firings of {n_atoms:,} atoms in {n_passages} passages. Atoms
-with five firings or more hold {often_share:.0%} of them; of an atom's, {token_purity:.0%} are on one token.
+with five firings or more hold {often_share:.0%} of them; {token_purity:.0%} of an atom's are on
+one token.
 """.format(**head | population).strip())
     print(
         "cosine with the writes, two Gaussians: {0[0]} atoms at {1[0]:.2f} ± {2[0]:.2f}, "
@@ -1345,6 +1352,7 @@ def draw_atoms(results: list[dict], tables: list[Table]):
 # --------------------------------------------------------------------------------------------------
 # compare: dictionaries side by side, in the same branches
 # --------------------------------------------------------------------------------------------------
+COMPARED_SAMPLE = 50_000  # writes a step of the alternating updates: a third of `train`'s
 COMPARED = dict(sizes=(256, 1024, 2048, 4096, 16384), active=(1, 2, 4, 8, 32), seeds=(0, 1, 2))
 VARIANTS = {  # the paper's five, and rank 2; then sparsity rules
     "FlatSAE": dict(encoder="dense", decoder="flat"),
@@ -1378,7 +1386,7 @@ def compared_sae(cell: Cell, settings: dict, X: Factored, args, **how) -> Entry:
         writesae.fit_gradient(sae, X, rng, progress=progress("train"), **how)
         sae.requires_grad_(False)
     else:
-        fit(sae, X, rng, args.quick)
+        fit(sae, X, rng, args.quick, sample=COMPARED_SAMPLE)
     return Entry(sae, True, time.time() - began)
 
 
@@ -1534,9 +1542,9 @@ def found_again(rows: list[dict], saes: list[WriteSAE]):
 COMPARE_LEGEND = """\
 Dictionaries side by side, each position of each passage given to all of them. atoms, active:
 their number, and how many code one input.  unexplained: share of energy left on training writes
-(read metric). dead: share of atoms that no tested position used, of those that could be.
-cover, win, recovered: as in replace, at firings; all: over every position; whole: all active
-atoms put in, over every position."""
+(read metric). dead: share of atoms that no tested position used, of those that could be. cover,
+win, recovered: as in replace, at firings; all: over every position; whole: all active atoms put
+in, over every position."""
 COMPARE_COLUMNS = {
     "                            ": "{model} {name:>20}",
     "atoms": "{n_atoms}",

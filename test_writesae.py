@@ -1,7 +1,5 @@
-"""What this project promises, as tests: python -m pytest. CPU only, no network, about two minutes.
-
-Every shape here has K ≠ V, because square heads hide transposed ones.
-"""
+"""What models.py promises, as tests. CPU only, no network; every shape has K ≠ V, because square
+heads hide transposed ones."""
 
 import ast
 import doctest
@@ -181,11 +179,9 @@ def test_two_tokens_by_hand():
     )
     o, S = recurrence(s)
     assert o[0, 0, 0].tolist() == [2, 4, 6], "the first token reads what it has just written"
-    # 0.5 S − (0.25, 0)ᵀ (2, 4, 6) = [[0.5, 1, 1.5], [0, 0, 0]], plus the write [[0, 0, 0], [1, 0,
-    # 1]]
-    assert_close(
-        S[0, 0], torch.tensor([[0.5, 1, 1.5], [1, 0, 1]]), msg="decay and erase, then write?"
-    )
+    # 0.5 S − (0.25, 0)ᵀ (2, 4, 6) = [[0.5, 1, 1.5], [0, 0, 0]], plus [[0, 0, 0], [1, 0, 1]]
+    expected = torch.tensor([[0.5, 1, 1.5], [1, 0, 1]])
+    assert_close(S[0, 0], expected, msg="decay and erase first, then write?")
     assert_close(o[0, 1, 0], torch.tensor([1.5, 1, 2.5]), msg="reads come after the write: o = Sᵀq")
 
 
@@ -236,8 +232,8 @@ def test_chunks_learn_what_the_loop_learns(kind):
     st.integers(1, 9),
 )
 def test_an_edit_stays_rank_one_and_propagate_follows_it(kind, seed, T, K, V):
-    """u yᵀ, added to each head's state after the first token, moves every later read by (u_s · q_s)
-    y and the last state by u_T yᵀ."""
+    """u yᵀ, added to each head's state after the first token, moves every later read by
+    (u_s · q_s) y and the last state by u_T yᵀ."""
     s, g = random_steps(kind, seed, T=T, K=K, V=V), rng(seed)
     u, y = torch.randn(2, 3, K, generator=g), torch.randn(2, 3, V, generator=g)
     gain, last = propagate(u, s)
@@ -349,9 +345,8 @@ def numpy_rwkv7(p, h, m):
         kappa = kappa / np.linalg.norm(kappa, axis=1, keepdims=True)
         k, past, y = k * (1 + (a - 1) * p["k_a"].reshape(k.shape)), x, []
         for j in range(m.heads):
-            S[j] = (np.diag(w[j]) - np.outer(a[j] * kappa[j], kappa[j])) @ S[j] + np.outer(
-                k[j], v[j]
-            )
+            S[j] = (np.diag(w[j]) - np.outer(a[j] * kappa[j], kappa[j])) @ S[j]
+            S[j] += np.outer(k[j], v[j])
             o = S[j].T @ r[j]
             o = (o - o.mean()) / np.sqrt(o.var() + m.eps)
             part = slice(j * m.V, (j + 1) * m.V)
@@ -399,7 +394,7 @@ def test_with_its_scale_held_fixed_the_output_is_linear_in_o_through_the_gate(ki
 # The official implementations, live: logits in one pass, and prefill then continue
 # --------------------------------------------------------------------------------------------------
 def assert_same_logits(ours: LanguageModel, tokens: torch.Tensor, theirs: torch.Tensor):
-    assert 0.3 < theirs.std() < 10  # so that a bound on differences means something
+    assert 0.3 < theirs.std() < 10, "a bound on differences has to mean something"
     assert_close(ours(tokens)[0], theirs, atol=2e-4, rtol=0)
     cache, parts = None, []
     for piece in tokens.split([13, 1, tokens.shape[1] - 14], 1):
@@ -434,9 +429,8 @@ def as_multimodal_shards(folder):
         weight_map |= {n: file for n in names[i::2]}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     text = json.loads((folder / "config.json").read_text())
-    outer = dict(
-        model_type="qwen3_5", tie_word_embeddings=text["tie_word_embeddings"], text_config=text
-    )
+    tied = text["tie_word_embeddings"]
+    outer = dict(model_type="qwen3_5", tie_word_embeddings=tied, text_config=text)
     (folder / "config.json").write_text(json.dumps(outer))
 
 
@@ -479,11 +473,8 @@ def official_rwkv_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
     norms = {"blocks.0.ln0": model.embed_norm, "ln_out": model.norm}
     for i, block in enumerate(model.layers):
         a, at, ffn = block.mixer, f"blocks.{i}.att.", f"blocks.{i}.ffn."
-        norms |= {
-            f"blocks.{i}.ln1": block.norm1,
-            f"blocks.{i}.ln2": block.norm2,
-            at + "ln_x": a.g_norm,
-        }
+        norms |= {f"blocks.{i}.ln1": block.norm1, f"blocks.{i}.ln2": block.norm2}
+        norms[at + "ln_x"] = a.g_norm
         for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a", "r_k"):
             z[at + name] = getattr(a, name)
         for ours, theirs in dict(r="receptance", k="key", v="value", out="output").items():
@@ -529,10 +520,8 @@ def test_transformers_opens_the_embedded_models(name):
     folder = os.path.join(HERE, "checkpoints", name)
     model = load(folder)
     tokens = random_tokens(5, T=60, vocab=model.vocab)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
-        tokens
-    ).logits.detach()
-    assert_close(model(tokens)[0], theirs, atol=1e-3, rtol=0)  # logits of std about 4
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert_close(model(tokens)[0], theirs(tokens).logits.detach(), atol=1e-3, rtol=0)  # std: 4
 
 
 # --------------------------------------------------------------------------------------------------
@@ -644,14 +633,32 @@ def make_checkpoint(folder, kind: str):
 
 
 NAME = "backbone.layers.1.mixer.A_log"
-SPOILED = {  # what is done to the tensors -> message
-    "is missing": lambda x: x.pop(NAME),
-    "mixer.extra": lambda x: x.update({"mixer.extra": torch.ones(2)}),
-    r"A_log is \[3\]": lambda x: x.update({NAME: torch.zeros(3)}),
-    "holds I8": lambda x: x.update({NAME: torch.zeros(8, dtype=torch.int8)}),
-    "A_log holds NaN": lambda x: x[NAME].fill_(math.nan),
-    "D holds NaN or Inf": lambda x: x[NAME.replace("A_log", "D")].fill_(-math.inf),
-}
+SPOILED = [
+    "is missing",
+    "mixer.extra",
+    r"A_log is \[3\]",
+    "holds I8",
+    "holds NaN",
+    "holds NaN or Inf",
+]
+
+
+def spoil(tensors: dict, message: str):
+    """Do to a Mamba-2's tensors what is answered by this message."""
+    if message == "is missing":
+        del tensors[NAME]
+    elif message == "mixer.extra":
+        tensors[message] = torch.ones(2)
+    elif message == "holds I8":
+        tensors[NAME] = torch.zeros(8, dtype=torch.int8)
+    elif message == "holds NaN":
+        tensors[NAME][3] = math.nan
+    elif message == "holds NaN or Inf":
+        tensors["backbone.embeddings.weight"][5, 7] = -math.inf
+    else:
+        tensors[NAME] = torch.zeros(3)
+
+
 CONFIGS = [  # changes of the config, message
     (dict(model_type="llama"), "llama is not supported.*supported: qwen3_5"),
     (dict(model_type="mamba"), "Mamba-1"),
@@ -669,7 +676,7 @@ CONFIGS = [  # changes of the config, message
 ]
 FILES = [  # file, its new content, message
     ("model.safetensors", b"", "cannot be read"),
-    ("model.safetensors", b"<!DOCTYPE html>", "web page"),
+    ("model.safetensors", b"<!DOCTYPE>", "web page"),
     ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer"),
     ("model.safetensors", b"\x80\x04\x95" + bytes(range(99)), "is a pickle"),
     ("model.safetensors", b"PK\x03\x04" + bytes(range(99)), "is a pickle"),
@@ -677,11 +684,7 @@ FILES = [  # file, its new content, message
     ("config.json", b"\xff\xfe{}", "cannot be read"),
     ("config.json", b"[" * 99999, "cannot be read"),
     ("config.json", b"[1]", "no JSON object"),
-    (
-        "model.safetensors.index.json",
-        b'{"weight_map": {"a": "../b.safetensors"}}',
-        "outside the folder",
-    ),
+    ("model.safetensors.index.json", b'{"weight_map": {"a": "../b.safetensors"}}', "outside the"),
     ("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}', "is missing"),
     ("model.safetensors.index.json", b'{"weight_map": [1]}', "cannot be read"),
     ("tokenizer.json", b"", "cannot be read"),
@@ -701,7 +704,7 @@ def assert_refused(folder, message: str):
 def test_spoiled_tensors_are_refused_by_name(tmp_path, message):
     make_checkpoint(tmp_path, "mamba2")
     tensors = load_file(tmp_path / "model.safetensors")
-    SPOILED[message](tensors)
+    spoil(tensors, message)
     save_file(tensors, tmp_path / "model.safetensors")
     assert_refused(tmp_path, message)
 
@@ -757,11 +760,7 @@ def sound(tmp_path_factory):
     return made
 
 
-REAL = (
-    "norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-)  # here another value may be right, too
+REAL = ("norm_eps", "rope_parameters", "tie_word_embeddings")  # another value may be right, too
 VALUES = [None, "x", [], {}, -1, 0, 1.5, 1e308, True, 10**30, [1, 2], {"a": 1}]
 
 
@@ -777,9 +776,8 @@ def damaged(whole: bytes, damage: str, where: int, value, is_json: bool) -> byte
         if damage == "a key away":
             del content[key]
         return json.dumps(content).encode()
-    return {"cut": whole[:at], "extended": whole + noise, "empty": b"", "noise": noise}.get(
-        damage, whole
-    )
+    contents = {"cut": whole[:at], "extended": whole + noise, "empty": b"", "noise": noise}
+    return contents.get(damage, whole)
 
 
 @settings(max_examples=int(os.environ.get("DAMAGED", 150)))
@@ -803,7 +801,7 @@ def test_a_damaged_file_is_refused_in_one_line_or_does_no_harm(
         load_tokenizer(model).encode("a b")
         ours = model(random_tokens(0, T=5))[0]
         assert ours.shape == logits.shape
-        if damage != "a flipped bit":  # which may turn one sound number into another
+        if damage != "a flipped bit":  # which may make another sound number of one
             assert_close(ours, logits)
     except InputError as error:
         assert "\n" not in str(error) and len(str(error)) < 500
@@ -825,14 +823,7 @@ def test_world_tokenizer_takes_the_longest_match(tmp_path):
     assert tokenizer.decode([3, 2, 1, 7, 4]) == "abba é"
     with pytest.raises(InputError, match="no entry for the byte 99"):
         tokenizer.encode("c")
-    for line in (
-        "99 'x' 1\n",
-        "1\n",
-        "x 'a' 1\n",
-        "1 __import__('os') 2\n",
-        "1 10**9 3\n",
-        "1 99999 4\n",
-    ):
+    for line in ("99 'x' 1\n", "1\n", "x 'a' 1\n", "1 exit() 2\n", "1 10**9 3\n", "1 99999 4\n"):
         (tmp_path / "rwkv_vocab_v1.txt").write_text(line)
         assert_refused(tmp_path, "rwkv_vocab_v1.txt")
 
@@ -1751,7 +1742,7 @@ def test_formula_quick_end_to_end(tmp_path):
     assert [name for name, rung in rungs.items() if rung["fitted"]] == ["three factors, fitted"]
 
 
-def test_steer_quick_end_to_end(tmp_path):
+def test_steer_quick_end_to_end(tmp_path, monkeypatch):
     figure, model = tmp_path / "s.png", ("--model", "gdn", "--passages", "2")
     edits = {e["value"]: e for e in quick(tmp_path, "steer", *model, "--plot", str(figure))}
     assert list(edits) == list(writesae.VALUE_SIDES) and figure.read_bytes().startswith(b"\x89PNG")
@@ -1760,6 +1751,7 @@ def test_steer_quick_end_to_end(tmp_path):
         assert s["random_persists_rate"] <= s["native_persists_rate"] + 0.5
     assert edits["gradient"]["sign_rate"] > 0.7 and edits["memory"]["size"] > 0.5
     assert edits["ascent"]["strata"][0]["first_step_lift_nats"] > 2
+    monkeypatch.setattr(run, "BUDGETS", [1.0, 8.0, 16.0])
     (least,) = quick(tmp_path, "steer", *model, "--smallest", "--key", "read")
     assert least["found"] and least["budget"]
     assert least["search_rates"][str(least["magnitude"])] == 1

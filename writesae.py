@@ -934,7 +934,8 @@ def dictionary_figures(table: Table, name: str, cosine_min: float) -> dict:
 
     def at(threshold: float) -> dict:
         here = fires(table, name, threshold)
-        return dict(coverage=here.double().mean().item()) | rates(atom[here], delete[here])
+        share = dict(coverage=here.double().mean().item(), n_firings=int(here.sum()))
+        return share | rates(atom[here], delete[here])
 
     everywhere = rates(atom, delete)
     figures = at(cosine_min) | {key + "_all": value for key, value in everywhere.items()}
@@ -1100,10 +1101,9 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
         "exact transition": delta_o @ to_stream @ to_logits,
         "gated": gate * delta_o @ to_stream @ to_logits,
     }
-    scaled = norm_slope(model.norm, at_least_fp32(last.x)) * (
-        gate * scale * delta_o @ to_stream
-    )  # [P, 11, D]
-    rungs["gated and scaled"] = scaled @ to_logits
+    delta_x = gate * scale * delta_o @ to_stream  # [P, 11, D]
+    final = norm_slope(model.norm, at_least_fp32(last.x))
+    rungs["gated and scaled"] = final * delta_x @ to_logits
 
     other_heads = (0, 0, p.head, s.q.shape[2] - p.head - 1)
     delta_o = F.pad(delta_o[:, :, None], other_heads)  # [P, 11, H, V]
