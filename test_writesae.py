@@ -2245,6 +2245,16 @@ def test_the_readmes_examples_run(tmp_path, monkeypatch):
     )
 
 
+def test_the_readmes_first_table_is_what_the_shipped_results_print(capsys):
+    printer = run.TablePrinter(run.REPLACE_COLUMNS)
+    with open(os.path.join(HERE, 'figures', 'replace.json'), encoding='utf-8') as f:
+        for figures in json.load(f):
+            for row in run.replace_rows([figures]):
+                printer.print(row)
+    text = open(os.path.join(HERE, 'README.md'), encoding='utf-8').read()
+    assert capsys.readouterr().out.strip() in text and run.REPLACE_LEGEND in text
+
+
 def test_the_readme_names_what_exists():
     for file in ("README.md", os.path.join("figures", "README.md")):
         text = open(os.path.join(HERE, file), encoding="utf-8").read()
