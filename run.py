@@ -728,7 +728,7 @@ def replace_rows(results: list[dict]) -> list[dict]:
         null | dict(name="  untrained writes"),
         dict(name="  random direction", win_rate=r["projected_win_rate"]),
     ]
-    if r["model"] in PAPER_REPLACE:
+    if r["model"] in PAPER_REPLACE and (r["layer"], r["head"]) == (1, 0):
         rows.append(dict(name="  the paper") | PAPER_REPLACE[r["model"]])
     return [dict(interval="") | row for row in rows]
 

@@ -621,9 +621,8 @@ def fit_gradient(
         return X.rows(torch.randint(len(X.keys), (n,), generator=generator).to(X.keys.device))
 
     sae.start(torch.arange(sae.n_atoms), draw(sae.n_atoms))
-    if sae.threshold is not None:  # such that `active` atoms pass it on the average
-        scores = sae.readers.products(draw(batch)).relu()
-        sae.threshold.data.fill_(scores.flatten().topk(sae.active * batch).values[-1].item())
+    if sae.threshold is not None:
+        set_threshold(sae, draw(batch))
     optimiser = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr)
     silent = torch.zeros(sae.n_atoms, device=X.keys.device)  # samples since an atom was active
     history = []
@@ -652,6 +651,12 @@ def fit_gradient(
             silent[restart(sae, optimiser, dead, R, error)] = 0
         history.append(error.mean().item())
     return history
+
+
+def set_threshold(sae: WriteSAE, X: Factored):
+    """The threshold that `active` atoms pass on the average over the unit inputs X."""
+    scores = sae.readers.products(X).relu().flatten()
+    sae.threshold.data.fill_(scores.topk(sae.active * len(X.keys)).values[-1].item())
 
 
 def restart(sae: WriteSAE, optimiser, dead: Tensor, R: Factored, error: Tensor) -> Tensor:
@@ -1602,6 +1607,35 @@ def as_large_as(Y: Factored, X: Factored) -> Factored:
     return X.times((inner(Y, Y) / inner(X, X)).sqrt())
 
 
+def erased(
+    p: Point,
+    sae: WriteSAE,
+    dominant: Tensor,
+    A: Factored,
+    row: Tensor,
+    token: Tensor,
+    generator: torch.Generator,
+) -> Table:
+    """The four changes of `erasure` at one point: dominant [P] atoms of its passages, A the n
+    firings a A, row [n] their passages, token [n] the tokens asked for -> n each."""
+    index = dominant[row]
+    shift = torch.randint(1, max(2, sae.n_atoms), row.shape, generator=generator)
+    other = (index + shift.to(index)) % sae.n_atoms
+    B = sae.decode(other[:, None], torch.ones_like(A.values[:, 0, :1]))
+    R = random_direction(p.write().rows(row), generator)
+    silent = dominant != index[:, None]  # [n, P]
+    lots = torch.rand(silent.shape, generator=generator).to(silent.device)
+    away = (lots * silent).argmax(1)  # one of the silent ones each
+    out = dict(atom=A, random=as_large_as(A, R), other=as_large_as(A, B), elsewhere=A)
+    changes = {}
+    for name, X in out.items():
+        where = away if name == "elsewhere" else row
+        change = p.branch(X._replace(values=-X.values), where) - p.logp[where]
+        changes[name] = at_token(change, token[:, None].expand(-1, HORIZONS)).mean(1)
+    changes["elsewhere"][~silent.any(1)] = math.nan  # the atom fires everywhere
+    return changes
+
+
 @torch.inference_mode()
 def erasure(
     model: LanguageModel,
@@ -1651,24 +1685,14 @@ def erasure(
         row = row[torch.isin(dominant[row], atoms)]
         if len(row) == 0:
             continue
-        index, A = dominant[row], all_A.rows(row)
-        token = promoted[(index[:, None] == atoms).int().argmax(1)]  # [n]
-        shift = torch.randint(1, max(2, sae.n_atoms), row.shape, generator=generator)
-        other = (index + shift.to(index)) % sae.n_atoms
-        B = sae.decode(other[:, None], torch.ones_like(A.values[:, 0, :1]))
-        R = random_direction(p.write().rows(row), generator)
-        silent = dominant != index[:, None]  # [n, P]
-        lots = torch.rand(silent.shape, generator=generator).to(silent.device)
-        away = (lots * silent).argmax(1)  # one of the silent ones each
+        token = promoted[(dominant[row, None] == atoms).int().argmax(1)]  # [n]
         part = dict(
-            passage=p.passage[row], position=torch.full_like(row, p.t), index=index, promoted=token
+            passage=p.passage[row],
+            position=torch.full_like(row, p.t),
+            index=dominant[row],
+            promoted=token,
         )
-        out = dict(atom=A, random=as_large_as(A, R), other=as_large_as(A, B), elsewhere=A)
-        for name, X in out.items():
-            where = away if name == "elsewhere" else row
-            change = p.branch(X._replace(values=-X.values), where) - p.logp[where]
-            part[name] = at_token(change, token[:, None].expand(-1, HORIZONS)).mean(1)
-        part["elsewhere"][~silent.any(1)] = math.nan  # the atom fires everywhere
+        part |= erased(p, sae, dominant, all_A.rows(row), row, token, generator)
         parts.append(part)
     if not parts:
         raise InputError(
@@ -1762,8 +1786,7 @@ def population_figures(table: Table, cosine_min: float) -> dict:
     often_share    share of firings by atoms that fire at least five times
     token_purity   mean over those atoms of the share of their firings on their most frequent token
     groups         `two_gaussians` of the atoms' mean cosines with their writes: the paper's
-                   registers
-                   (the nearer group) and bundles
+                   registers (the nearer group) and bundles
     """
     here = (table["a"] > 0) & (table["cosine"] >= cosine_min)
     atoms, which, uses = table["index"][here].unique(return_inverse=True, return_counts=True)
