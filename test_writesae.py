@@ -2229,6 +2229,14 @@ def test_a_table_aligns_and_shows_what_is_missing(capsys):
     ]
 
 
+@pytest.mark.parametrize('name', ['gdn', 'mamba2'])
+def test_bench_compares_with_transformers_doing_the_same(name):
+    """The row itself asserts that the KLs of both are equal."""
+    row = run.bench_branches(name, run.parse(['bench']), 1)
+    assert row['ours'] > 0 and row['peer'] > 0 and row['peer_name'] == 'transformers'
+    assert run.bench_training(16, 1)['ours'] > 0
+
+
 def test_the_readmes_examples_run(tmp_path, monkeypatch):
     """Both Python blocks of "Your own tensors, your own model", as they stand there."""
     text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
