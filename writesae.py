@@ -969,7 +969,7 @@ def replacement_figures(table: Table, cosine_min: float, generator: torch.Genera
     control = here & kl["random"].isfinite()  # firings where the controls were measured
     ordered = (kl["atom"] < kl["delete"]) & (kl["delete"] < kl["random"])
     beaten = kl["projected"] < kl["delete"]
-    weak_to_strong = wins[delete.argsort()].chunk(4) if len(wins) >= 4 else []
+    weak_to_strong = wins[delete.argsort()].tensor_split(4) if len(wins) >= 4 else []
     figures = dictionary_figures(table, "atom", cosine_min) | dict(
         n_positions=len(here),
         n_firings=len(wins),
