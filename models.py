@@ -1266,13 +1266,15 @@ def complete_config(config: dict, stored: dict[str, Stored]) -> dict:
 def save_then_rename(write: Callable[[str], None], path: str):
     """Call write(a temporary path of this process), then rename: the file is there whole or not at
     all. Raises InputError where it cannot be written."""
+    from safetensors import SafetensorError
+
     temporary = f"{path}.{os.getpid()}.part"
     try:
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        why = f"{path}: cannot be written ({error.strerror}); give another place"
-        raise InputError(why) from None
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of the three
+        why = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{path}: cannot be written ({why:.80}); give another place") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

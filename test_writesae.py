@@ -2199,6 +2199,14 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         models.save_then_rename(fail, str(path))
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
+
+    def full(temporary):
+        open(temporary, "w").write("half")
+        raise RuntimeError("No space left on device")
+
+    with pytest.raises(InputError, match="No space left"):
+        models.save_then_rename(full, str(path))
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
     with pytest.raises(InputError, match="cannot be written"):
         models.write_text(str(tmp_path / "none" / "x.json"), "new")
 
