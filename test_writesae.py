@@ -1133,7 +1133,7 @@ def test_branches_are_full_forward_passes_with_edits(kind, seed, layer, head, so
     fast = replacement(
         model, dict(atom=sae, untrained=null), tokens, layer, head, positions, rng(seed), whole=True
     )
-    g, base = rng(seed), model(tokens)[0].log_softmax(-1)
+    base = model(tokens)[0].log_softmax(-1)
     s = model.step_inputs(model.run(model.embed(tokens), last=layer)[0], layer).heads([head])
     for i, t in enumerate(positions):
         X = write_of(s.k[:, t, 0], s.v[:, t, 0])
@@ -1145,8 +1145,9 @@ def test_branches_are_full_forward_passes_with_edits(kind, seed, layer, head, so
             untrained=null.dominant(X)[2],
             delete=X.times(0 * a),
         )
-        part = dict(index_atom=index, a_atom=a)
-        put_in |= writesae.controls(("atom", sae), part, X, g) if i == 0 else {}
+        part = dict(index_atom=index, a_atom=a, passage=torch.arange(3))
+        if i == 0:
+            put_in |= writesae.controls(("atom", sae), part, X, 3, rng(seed + t))
         rows = slice(3 * i, 3 * i + 3)
         for name, Y in put_in.items():
             change = Y.minus(X)
@@ -1184,8 +1185,9 @@ def test_batches_and_neighbours_do_not_matter(monkeypatch):
     monkeypatch.setattr(writesae, "BATCH_BYTES", 1)  # one passage at a time
     one_by_one = replacement(model, dictionaries, tokens, 1, 0, [5, 12, 20], rng(0))
     order = (one_by_one["position"] * 10 + one_by_one["passage"]).argsort()
-    for name in ("kl_atom", "kl_delete", "index_atom"):
-        torch.testing.assert_close(one_by_one[name][order], together[name], atol=1e-5, rtol=1e-3)
+    for name in ("kl_atom", "kl_delete", "index_atom", "kl_random", "kl_projected"):
+        ours, theirs = one_by_one[name][order], together[name]
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3, equal_nan=True)
 
 
 def test_kl_divergence_reads_tiny_effects():
@@ -1305,7 +1307,9 @@ def test_a_random_direction_at_its_own_coefficient_is_nearer_than_nothing(seed):
     """‖X − aA‖² = ‖X‖² − a² for any unit A: why a rate needs the projected control beside it."""
     sae, X = random_sae(seed, active=1, encoder="tied"), random_writes(seed, n=30)
     part = dict(index_atom=torch.zeros(30, dtype=torch.long), a_atom=torch.ones(30))
-    put_in = writesae.controls(("atom", sae), part, X, rng(seed))
+    put_in = writesae.controls(
+        ("atom", sae), part | dict(passage=torch.arange(30)), X, 30, rng(seed)
+    )
     left = X.minus(put_in["projected"])
     assert (inner(left, left) <= inner(X, X) * (1 + 1e-5)).all()
     index = sae.dominant(put_in["random"].times(torch.full((30,), 9.0)))[0]

@@ -846,7 +846,8 @@ def replacement(
             if whole:
                 put_in[name + "_whole"] = sae.decode(*sae.encode(coded))
         put_in["delete"] = X.times(torch.zeros_like(a))
-        put_in |= controls(next(iter(dictionaries.items())), part, X, generator)
+        draws = torch.Generator().manual_seed(generator.initial_seed() + p.t)
+        put_in |= controls(next(iter(dictionaries.items())), part, X, len(tokens), draws)
         every_row = positions.index(p.t) % CONTROLS_EVERY == 0
         for name, Y in put_in.items():
             kl = torch.full((len(a), HORIZONS), math.nan, device=a.device)
@@ -858,22 +859,24 @@ def replacement(
 
 
 def controls(
-    first: tuple[str, WriteSAE], part: Table, X: Factored, generator
+    first: tuple[str, WriteSAE], part: Table, X: Factored, n: int, generator
 ) -> dict[str, Factored]:
-    """`random`, `projected` and `native` of `replacement`, for the writes X."""
+    """`random`, `projected` and `native` of `replacement`, for the writes X of one batch. Draws are
+    made for all n passages of the text, so that they do not depend on the size of a batch."""
     name, sae = first
-    index, a = part[f"index_{name}"], part[f"a_{name}"]
-    shift = torch.randint(1, max(2, sae.n_atoms), index.shape, generator=generator).to(index.device)
-    other = sae.decode((index + shift)[:, None] % sae.n_atoms, a[:, None])
-    R = random_direction(X, generator)
+    index, a, passage = part[f"index_{name}"], part[f"a_{name}"], part["passage"].cpu()
+    shift = torch.randint(1, max(2, sae.n_atoms), (n,), generator=generator)[passage]
+    other = sae.decode((index + shift.to(index))[:, None] % sae.n_atoms, a[:, None])
+    R = random_direction(X, generator, n).rows(passage.to(index.device))
     return dict(random=other, projected=R.times(inner(R, X)), native=X)
 
 
-def random_direction(like: Factored, generator: torch.Generator) -> Factored:
-    """A random rank-1 matrix of unit norm for each of `like` (r = 1)."""
+def random_direction(like: Factored, generator: torch.Generator, n: int | None = None) -> Factored:
+    """A random rank-1 matrix of unit norm for each of `like` (r = 1), or n of them."""
 
     def unit(x: Tensor) -> Tensor:
-        return F.normalize(torch.randn(x.shape, generator=generator).to(x), dim=-1)
+        drawn = torch.randn(n or len(x), *x.shape[1:], generator=generator)
+        return F.normalize(drawn.to(x), dim=-1)
 
     return Factored(unit(like.keys), unit(like.values))
 
