@@ -1328,24 +1328,26 @@ ATOMS_COLUMNS = {
 
 
 def draw_atoms(results: list[dict], tables: list[Table]):
-    """How atoms are used: share of firings on the atom's most frequent token against its
-    firings."""
-    figure, axes = panels(len(tables))
-    for axis, table in zip(axes, tables):
+    """How many atoms are token lookups: of the atoms with five firings or more, the share of their
+    firings on their most frequent token, a line per model."""
+    figure, (axis,) = panels(1, 6.5)
+    for model, table, colour in zip(dict.fromkeys(r["model"] for r in results), tables, COLOURS):
         fires = (table["a"] > 0) & (table["cosine"] >= COSINE_MIN)
         atom, token = table["index"][fires], table["token"][fires]
         pairs, n = torch.stack([atom, token]).unique(dim=1, return_counts=True)
         uses = torch.bincount(atom)
         most = torch.zeros(len(uses)).scatter_reduce_(0, pairs[0], n.float(), "amax")
         often = uses >= 5
-        axis.scatter(uses[often], most[often] / uses[often], s=6, alpha=0.4, linewidths=0)
-        axis.set(
-            xscale="log",
-            ylim=(0, 1.03),
-            xlabel="firings of the atom",
-            ylabel="share on its most frequent token",
-            title=f"{int(often.sum()):,} atoms",
-        )
+        share = (most[often] / uses[often]).sort().values
+        below = torch.arange(1, len(share) + 1) / len(share)
+        axis.plot(share, below, color=colour, label=f"{model}: {len(share):,} atoms")
+    axis.set(
+        xlim=(0, 1.01),
+        ylim=(0, 1.01),
+        xlabel="share of an atom's firings on its most frequent token",
+        ylabel="share of atoms below",
+    )
+    axis.legend()
     return figure
 
 
