@@ -20,12 +20,16 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import contextlib
+import copy
 import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 from typing import Callable, NamedTuple
 
@@ -642,11 +646,7 @@ def finish(experiment: Experiment, shares: list, args):
     if args.markdown:
         rows = [row for _, results, _ in shares for row in experiment.rows(results)]
         write_section(
-            args.markdown,
-            "`python run.py " + " ".join(args.words) + "`",
-            experiment.legend,
-            TablePrinter(experiment.columns),
-            rows,
+            args.markdown, args.title, experiment.legend, TablePrinter(experiment.columns), rows
         )
     if args.records:
         write_text(args.records, "".join(json_lines(name, table) for name, _, table in shares))
@@ -1618,165 +1618,346 @@ EXPERIMENTS = {
 # --------------------------------------------------------------------------------------------------
 # bench: ratios against other implementations, run for real in the same process
 # --------------------------------------------------------------------------------------------------
-def paired(ours: Callable, peer: Callable, runs: int) -> tuple[float, float]:
-    """Median seconds of two functions, called in turn after one warm-up each."""
+RWKV_NAMES = {  # our names -> those of RWKV-7's authors, replaced in this order
+    "embedding": "emb",
+    "embed_norm": "blocks.0.ln0",
+    "norm1": "ln1",
+    "norm2": "ln2",
+    "g_norm": "ln_x",
+    "norm.": "ln_out.",
+    "layers": "blocks",
+    "mixer": "att",
+    "mlp": "ffn",
+    "r_proj": "receptance",
+    "k_proj": "key",
+    "v_proj": "value",
+    "out_proj": "output",
+    "_lora.0.weight": "1",
+    "_lora.2.weight": "2",
+    "_lora.2.bias": "0",
+}
+
+
+def save_for_rwkv(model: LanguageModel, path: str):
+    """Our RWKV-7's weights as its authors' package names and lays them out."""
+    weights = {}
+    for name, x in model.state_dict().items():
+        if "_lora" in name and x.dim() == 2:
+            x = x.T
+        for ours, theirs in RWKV_NAMES.items():
+            name = name.replace(ours, theirs)
+        weights[name] = x.clone()
+    torch.save(weights, path)
+
+
+class Peer:
+    """The same model by transformers, RWKV-7 by its authors' package (one text at a time, heads of
+    64 only). Both change a cache in place: copy it before use."""
+
+    def __init__(self, model: LanguageModel):
+        self.kind, device = model.architecture, model.device
+        if self.kind == "rwkv7":
+            os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="0")  # it reads them when imported
+            quiet = contextlib.redirect_stdout(sys.stderr)
+            with tempfile.TemporaryDirectory() as folder, quiet:
+                from rwkv.model import RWKV
+
+                path = os.path.join(folder, "weights")
+                save_for_rwkv(model, path + ".pth")
+                self.model = RWKV(path, f"{device.type} fp32")
+            self.name = "rwkv"
+        else:
+            import transformers
+
+            transformers.logging.set_verbosity_error()
+            dtype = model.unembedding.dtype
+            peer = transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=dtype)
+            self.model, self.name = peer.to(device), "transformers"
+
+    def read(self, tokens: Tensor, cache=None, keep: int = 1):
+        """tokens [B, T] after those in the cache -> logits of the last one or (keep 0) of all, and
+        the cache."""
+        if self.kind == "rwkv7":
+            logits, cache = self.model.forward(tokens[0].tolist(), cache, full_output=keep == 0)
+            return logits.view(1, -1, logits.shape[-1]), cache
+        key = "cache_params" if self.kind == "mamba2" else "past_key_values"
+        one_by_one = self.kind == "mamba2" and cache is not None  # it cannot go on otherwise
+        logits = []
+        for piece in tokens.split(1 if one_by_one else tokens.shape[1], 1):
+            out = self.model(piece, use_cache=True, logits_to_keep=keep, **{key: cache})
+            cache = out[key]
+            logits.append(out.logits)
+        return torch.cat(logits, 1), cache
+
+    def state(self, cache, layer: int) -> Tensor:
+        """A layer's state in a cache, key first [B, H, K, V], to be changed in place."""
+        if self.kind == "rwkv7":
+            return cache[3 * layer + 1][None].mT
+        state = cache.layers[layer].recurrent_states[0]
+        return state.mT if self.kind == "mamba2" else state
+
+
+def bench_row(name: str, unit: str, functions: tuple, done: tuple, peer_name: str, args, flops=0):
+    """A row: things a second of ours and of the peer, `done` in one call of each; medians of calls
+    in turn. of_floor: the time that `flops` take at the rate of a matrix product measured in turn
+    with them, as a share of our time."""
+    A = torch.randn(1024, 1024, device=pick_device(args.device))
+
+    def product():
+        torch.mm(A, A)
+
     times = []
-    for run in range(runs + 1):
-        pair = []
-        for function in (ours, peer):
+    for _ in range(3 if args.quick else 8):  # the first warms up
+        turn = []
+        for function in (*functions, product):
             began = time.perf_counter()
             function()
-            pair.append(time.perf_counter() - began)
-        times.append(pair)
-    return tuple(torch.tensor(times[1:]).median(0).values.tolist())
+            if A.is_cuda:
+                torch.cuda.synchronize()
+            turn.append(time.perf_counter() - began)
+        times.append(turn)
+    our_time, peer_time, mm_time = torch.tensor(times[1:]).median(0).values.tolist()
+    ours, peer = done[0] / our_time, done[1] / peer_time
+    row = dict(name=name, ours=ours, peer=peer, peer_name=peer_name, unit=unit, ratio=ours / peer)
+    return row | dict(of_floor=flops / (2 * 1024**3) * mm_time / our_time if flops else None)
 
 
-@torch.no_grad()
-def bench_branches(name: str, args, runs: int) -> dict:
-    """Branches of a run against transformers doing the same: the prefix cached, for each branch the
-    cache copied, one head's state changed, eleven tokens read. The peer can only change the state
-    before token t: by A_t⁻¹ X, which A_t makes X. The KLs are asserted equal."""
-    import copy
-    import transformers
+def weight_flops(model: LanguageModel, tokens: int, logits: int, first: int = 0) -> int:
+    """Of the products with the weights alone: the layers from `first` on, and the output map."""
+    matrices = [p for p in model.layers[first:].parameters() if p.dim() == 2]
+    return 2 * tokens * sum(p.numel() for p in matrices) + 2 * logits * model.unembedding.numel()
 
-    model = open_model(name, args)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32)
-    P, t, (layer, head) = 8, 64, (1, 0)
-    tokens = torch.randint(
-        model.vocab, (P, t + HORIZONS), generator=torch.Generator().manual_seed(0)
-    )
+
+def random_tokens(model: LanguageModel, B: int, T: int) -> Tensor:
+    """[B, T]"""
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(model.vocab, (B, T), generator=rng).to(model.device)
+
+
+def bench_branches(name: str, model: LanguageModel, peer: Peer, P: int, at_once: int, args) -> dict:
+    """P branches in a batch: a write deleted, KL of eleven predictions. The peer has the prefixes
+    cached; for every `at_once` branches the cache is copied, one head's state changed, eleven
+    tokens read. It can change the state only before token t: by A_t⁻¹ X, which A_t makes X. The KLs
+    are asserted equal."""
+    t, layer, head = 64, model.recurrent_layers[1], 0
+    tokens = random_tokens(model, P, t + HORIZONS)
     p = next(writesae.points(model, tokens, layer, head, [t]))
-    change = p.write().times(-torch.ones(P))
-    key = dict(gdn="past_key_values", mamba2="cache_params")[name]
-    start = peer(tokens[:, :t], use_cache=True)[key]
-    native = peer(tokens).logits[:, t:].log_softmax(-1)
+    P = len(p.passage)  # fewer where the vocabulary is large
+    change = p.write().times(-torch.ones(P, device=model.device))
     s = p.s.times(0, 1)
-    A = torch.diag_embed(s.log_decay[:, 0, 0].exp().expand(-1, s.k.shape[-1]))  # [P, K, K]
-    if s.erase_in is not None:
-        A = A - models.outer(s.erase_out[:, 0, 0], s.erase_in[:, 0, 0])
-    before = torch.linalg.solve(A.double(), change.matrix().double()).float()  # [P, K, V]
+    unit = torch.eye(s.k.shape[-1], device=model.device).expand(P, 1, -1, -1)
+    _, A = models.recurrence(s._replace(v=torch.zeros_like(s.k)), unit)  # [P, 1, K, K]
+    before = torch.linalg.solve(A[:, 0].double(), change.matrix().double()).float()  # [P, K, V]
+    rows = torch.arange(min(P, max(at_once, 4))).split(at_once)
+    caches = [peer.read(tokens[row, :t])[1] for row in rows]
 
     def ours() -> Tensor:
         return writesae.kl_divergence(p.logp, p.branch(change))
 
+    def branch(row: Tensor, cache, change: Tensor) -> Tensor:
+        cache = copy.deepcopy(cache)
+        peer.state(cache, layer)[:, head] += change
+        logits, _ = peer.read(tokens[row, t:], cache, keep=0)
+        return logits.log_softmax(-1)
+
+    native = [branch(row, cache, 0 * before[row]) for row, cache in zip(rows, caches)]
+
     def theirs() -> Tensor:
-        cache = copy.deepcopy(start)
-        state = cache.layers[layer].recurrent_states[0][:, head]
-        state += before if name == "gdn" else before.mT  # Mamba-2's is value first
-        steps = [tokens[:, t:]] if name == "gdn" else tokens[:, t:].split(1, 1)
-        logits = []
-        for step in steps:
-            out = peer(step, use_cache=True, **{key: cache})
-            logits.append(out.logits)
-        return writesae.kl_divergence(native, torch.cat(logits, 1).log_softmax(-1))
+        kls = []
+        for row, cache, logp in zip(rows, caches, native):
+            kls.append(writesae.kl_divergence(logp, branch(row, cache, before[row])))
+        return torch.cat(kls)
 
-    torch.testing.assert_close(ours(), theirs(), rtol=1e-2, atol=1e-6)
-    seconds = paired(ours, theirs, runs)
-    return dict(
-        name=f"{name}: branches of a run",
-        ours=P / seconds[0],
-        peer=P / seconds[1],
-        peer_name="transformers",
-        unit="branches/s",
-    )
+    n = sum(map(len, rows))
+    torch.testing.assert_close(ours()[:n], theirs(), rtol=1e-2, atol=1e-6)
+    what = f"{name}: {P} branches in a batch; the peer {at_once}"
+    flops = weight_flops(model, P * HORIZONS, P * HORIZONS, layer)
+    return bench_row(what, "branches/s", (ours, theirs), (P, n), peer.name, args, flops)
 
 
-@torch.no_grad()
-def bench_reading(name: str, folder: str, T: int, args, runs: int) -> dict:
-    """Reading T tokens (T = 1: one more token after 64) against transformers."""
-    import transformers
+def bench_reading(name: str, model: LanguageModel, peer: Peer, T: int, piece: int, args) -> dict:
+    """Reading T tokens, `piece` at a time, for the last one's logits; asserted equal in fp32."""
+    pieces = random_tokens(model, 1, T).split(piece, 1)
 
-    model = open_model(folder, args)
-    dtype = model.unembedding.dtype
-    peer = transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=dtype)
-    tokens = torch.randint(2048, (1, max(T, 65)), generator=torch.Generator().manual_seed(0))
-    if T > 1:
-        seconds = paired(lambda: model(tokens), lambda: peer(tokens), runs)
-        what = f"read {T:,} tokens"
-    else:
-        _, cache = model(tokens[:, :64])
-        key = dict(gdn="past_key_values", mamba2="cache_params")[model.architecture]
-        theirs = {key: peer(tokens[:, :64], use_cache=True)[key], "use_cache": True}
-        seconds = paired(
-            lambda: model(tokens[:, 64:], cache), lambda: peer(tokens[:, 64:], **theirs), 4 * runs
-        )
-        what = "one token more"
-    return dict(
-        name=f"{name}: {what}",
-        ours=T / seconds[0],
-        peer=T / seconds[1],
-        peer_name="transformers",
-        unit="tokens/s",
-    )
+    def ours() -> Tensor:
+        cache = None
+        for tokens in pieces:
+            stream, cache = model.run(model.embed(tokens), cache)
+            logits = model.unembed(stream.times(-1))
+        return logits
+
+    def theirs() -> Tensor:
+        cache = None
+        for tokens in pieces:
+            logits, cache = peer.read(tokens, cache)
+        return logits
+
+    if model.unembedding.dtype == torch.float32:
+        torch.testing.assert_close(ours(), theirs(), rtol=0, atol=2e-3)
+    what, flops = f"{name}: read {T:,} tokens", weight_flops(model, T, 1)
+    if piece == 1:
+        what, flops = f"{name}: token by token", 0  # bound by memory, not by arithmetic
+    return bench_row(what, "tokens/s", (ours, theirs), (T, T), peer.name, args, flops)
 
 
-def bench_training(size: int, runs: int) -> dict:
-    """A training step of the SAE on writes as factors, against the same step on K x V matrices."""
+def bench_length(name: str, model: LanguageModel, layers: int, args) -> dict:
+    """Tokens a second of a long text in the first `layers` layers, against a short text (1: a
+    token's cost does not grow; attention's does)."""
+    short, long = (256, 1024) if args.quick else (1024, 8192)
+    stream = model.embed(random_tokens(model, 1, long))
+
+    def read_long():
+        model.run(stream, last=layers)
+
+    def read_short():
+        model.run(stream.times(0, short), last=layers)
+
+    what, both = f"{name}: {long:,} tokens, {layers} layers", (read_long, read_short)
+    return bench_row(what, "tokens/s", both, (long, short), f"itself at {short:,}", args)
+
+
+def bench_cells(name: str, model: LanguageModel, args) -> dict:
+    """What all heads of a layer write, collected in one pass, against a pass per head."""
+    tokens, layer = random_tokens(model, 4, 128), model.recurrent_layers[1]
+    H = model.layers[layer].mixer.heads
+
+    def together():
+        writesae.collect(model, tokens, layer, list(range(H)))
+
+    def one_by_one():
+        for head in range(H):
+            writesae.collect(model, tokens, layer, [head])
+
+    what, both = f"{name}: writes of {H} heads", (together, one_by_one)
+    return bench_row(what, "heads/s", both, (H, H), "a pass per head", args)
+
+
+@torch.enable_grad()
+def bench_training(size: int, n_atoms: int, args) -> list[dict]:
+    """Steps of an SAE on writes as factors, against the same steps on K x V matrices, losses
+    asserted equal; and the peak memory of a step, beyond what was there before it."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
     rng = torch.Generator().manual_seed(0)
-    k, v = torch.randn(2000, size, generator=rng), torch.randn(2000, size, generator=rng)
+    k, v = (torch.randn(n_atoms, size, generator=rng) for _ in range(2))
     X = writesae.write_of(k, v)
+    matrices, sae = writesae.matrix_of(X.matrix()), WriteSAE(n_atoms, size, size)
 
-    def steps_on(inputs: Factored) -> Callable:
-        sae = WriteSAE(2048, size, size)
-        return lambda: writesae.fit_gradient(
-            sae, inputs, torch.Generator().manual_seed(0), steps=2, batch=256
-        )
+    def two_steps(inputs: Factored) -> list[float]:
+        return writesae.fit_gradient(sae, inputs, rng.manual_seed(0), steps=2, batch=1024)
 
-    seconds = paired(steps_on(X), steps_on(writesae.matrix_of(X.matrix())), runs)
-    return dict(
-        name=f"SAE step, writes of {size} x {size}",
-        ours=2 / seconds[0],
-        peer=2 / seconds[1],
-        peer_name="on matrices",
-        unit="steps/s",
+    def ours() -> list[float]:
+        return two_steps(X)
+
+    def theirs() -> list[float]:
+        return two_steps(matrices)
+
+    torch.testing.assert_close(ours(), theirs(), rtol=1e-3, atol=1e-6)
+    peaks = []
+    for function in (ours, theirs):
+        with MemTracker() as tracker:
+            function()
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+        peaks.append(peak / 2**20)
+    what = f"SAE step, {n_atoms:,} atoms of {size} x {size}"
+    row = bench_row(what, "steps/s", (ours, theirs), (2, 2), "on matrices", args)
+    memory = dict(ours=peaks[0], peer=peaks[1], unit="MiB", ratio=peaks[1] / peaks[0])
+    return [row, row | memory | dict(name=what + ", memory")]
+
+
+def full_size(folder: str) -> str:
+    """A random checkpoint of Qwen3.5-0.8B's shape, 752 million weights in bf16, with the tokenizer
+    of checkpoints/gdn. Returns its folder."""
+    shape = SHAPES["gdn"] | dict(
+        num_hidden_layers=24,
+        hidden_size=1024,
+        intermediate_size=3584,
+        vocab_size=248_320,
+        linear_num_key_heads=16,
+        linear_num_value_heads=16,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=256,
+        rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25),
     )
+    model = models.build(shape)
+    initialise(model, torch.Generator().manual_seed(0))
+    models.save(model, shape, folder, torch.bfloat16)
+    shutil.copy(os.path.join(HERE, "checkpoints", "gdn", "tokenizer.json"), folder)
+    return folder
+
+
+def bench_model(name: str, args):
+    """Yield a model's rows. RWKV-7's own weights are read as heads of 64, not 32, which is all that
+    its authors' package takes: another model, the same work."""
+    model = open_model(name, args)
+    if model.architecture == "rwkv7":
+        own, model = model, models.build(SHAPES["rwkv7"] | dict(head_dim=64))
+        for old, new in zip(own.parameters(), model.requires_grad_(False).parameters()):
+            new.copy_(old.view(new.shape))
+    try:
+        peer = Peer(model)
+    except ModuleNotFoundError as error:
+        say(f"{name}: no rows, since the package {error.name} is not installed")
+        return
+    name, big = os.path.basename(name), model.vocab > 100_000
+    if not big:
+        P = 32 if args.quick else 256
+        for at_once in (1,) if peer.name == "rwkv" else (1, P):
+            yield bench_branches(name, model, peer, P, at_once, args)
+    for T in (128, 512) if args.quick else (512,) if big else (512, 4096):
+        yield bench_reading(name, model, peer, T, T, args)
+    yield bench_reading(name, model, peer, 8 if big else 32, 1, args)
+    if not big:
+        n = len(model.layers)
+        attention = [i for i in range(n) if not model.layers[i].recurrent]
+        for layers in sorted({n, *attention[:1]}):
+            yield bench_length(name, model, layers, args)
+        yield bench_cells(name, model, args)
+
+
+def bench_rows(args):
+    """Yield every row."""
+    for name in args.models:
+        yield from bench_model(name, args)
+    for size in (64,) if args.quick else (64, 128):
+        yield from bench_training(size, 256 if args.quick else 2048, args)
+    if args.full_size:
+        with tempfile.TemporaryDirectory() as folder:
+            args.dtype = "bf16"
+            yield from bench_model(full_size(os.path.join(folder, "752M")), args)
+
+
+BENCH_LEGEND = """\
+Each row against a peer run for real in the same process, calls in turn, medians. ratio > 1: ours
+is better. of floor: the time of the products with the weights alone, at the rate of a matrix
+product measured in turn, as a share of our time."""
+BENCH_COLUMNS = {
+    "what                                        ": "{name}",
+    "ours": "{ours:,.1f}",
+    "peer": "{peer:,.1f}",
+    "unit      ": "{unit}",
+    "ratio": "{ratio:.2f}",
+    "of floor": "{of_floor:.0%}",
+    "peer is       ": "{peer_name}",
+}
 
 
 @torch.no_grad()
-def bench_length(name: str, args, runs: int) -> dict:
-    """Tokens a second at 8,192 tokens against 1,024 (1: the cost of a token does not grow)."""
-    model = open_model(name, args)
-    tokens = torch.randint(model.vocab, (1, 8192), generator=torch.Generator().manual_seed(0))
-    seconds = paired(lambda: model(tokens), lambda: model(tokens[:, :1024]), runs)
-    return dict(
-        name=f"{name}: cost of length",
-        ours=8192 / seconds[0],
-        peer=1024 / seconds[1],
-        peer_name="itself at 1,024",
-        unit="tokens/s",
-    )
-
-
 def bench(args) -> int:
-    """Every row as soon as it is measured; ratio > 1: ours is better."""
-    runs, rows = 2 if args.quick else 5, []
-    printer = TablePrinter(
-        {
-            "what                        ": "{name}",
-            "ours": "{ours:,.1f}",
-            "peer": "{peer:,.1f}",
-            "unit      ": "{unit}",
-            "ratio": "{ratio:.2f}",
-            "peer is      ": "{peer_name}",
-        }
-    )
-    jobs = [lambda name=name: bench_branches(name, args, runs) for name in ("gdn", "mamba2")]
-    for name in ("gdn", "mamba2"):
-        for T in (512, 1) if args.quick else (512, 4096, 1):
-            jobs.append(lambda name=name, T=T: bench_reading(name, name, T, args, runs))
-    if args.model not in (None, *EMBEDDED):
-        jobs = [lambda T=T: bench_reading(args.model, args.model, T, args, runs) for T in (512, 1)]
-    jobs += [
-        lambda size=size: bench_training(size, runs) for size in (64, 128)[: 1 if args.quick else 2]
-    ]
-    if not args.quick:
-        jobs += [lambda name=name: bench_length(name, args, runs) for name in EMBEDDED]
-    for job in jobs:
-        row = job()
-        rows.append(row | dict(ratio=row["ours"] / row["peer"]))
-        printer.print(rows[-1])
+    """Print every row as soon as it is measured."""
+    print(BENCH_LEGEND)
+    say(f"bench: {torch.get_num_threads()} threads, {pick_device(args.device)}, seed 0")
+    rows, printer = [], TablePrinter(BENCH_COLUMNS)
+    for row in bench_rows(args):
+        rows.append(row)
+        printer.print(row)
     if args.json:
         write_text(args.json, json.dumps(rows, indent=1))
+    if args.markdown:
+        write_section(args.markdown, args.title, BENCH_LEGEND, printer, rows)
     return 0
 
 
@@ -2288,6 +2469,8 @@ def make_parser() -> Parser:
     p.add_argument("--what", choices=[*COMPARED, "variants"], default="sizes")
     p = command("bench", add_cell, example="--quick")
     p.add_argument("--json", metavar="FILE", help="write the results there")
+    p.add_argument("--markdown", metavar="FILE.md", help="write the table there")
+    p.add_argument("--full-size", action="store_true", help="also a random 752 M checkpoint")
     p = command("picture", example="--plot figures/method.png")
     p.add_argument(
         "--plot", metavar="FILE.png", default=os.path.join(HERE, "figures", "method.png")
@@ -2308,11 +2491,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.models = [args.model] if args.model else list(EMBEDDED)
     words = list(sys.argv[1:] if argv is None else argv)
     outputs = ("--json", "--plot", "--records", "--markdown")
-    args.words = [
+    kept = [
         word
         for before, word in zip(["", *words], words)
         if word not in outputs and before not in outputs
     ]
+    args.title = f"`python run.py {' '.join(kept)}`"  # of its section in a Markdown file
     for path in filter(None, (args.json, args.records, args.plot, args.markdown)):
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise InputError(f"{path}: cannot be written, its folder does not exist; make it first")
