@@ -8,7 +8,7 @@
     compare    dictionaries side by side: sizes, active atoms, variants, seeds
     bench      time and memory against other implementations
     picture    draw the method
-    train      train the SAE of a cell and save it beside its model
+    train      train the SAEs of cells and save them beside their model
     pretrain   train an embedded model from nothing
 
 Results go to stdout, decisions and progress to stderr. A wrong input ends in one line on stderr and
@@ -41,24 +41,22 @@ from tqdm import tqdm
 
 import models
 import writesae
-from models import InputError, LanguageModel, save_then_rename, write_text
-from writesae import HORIZONS, Factored, Table, WriteSAE
+from models import InputError, LanguageModel, require, save_then_rename, write_text
+from writesae import HORIZONS, Cell, Factored, Steering, Table, WriteSAE, mean, some_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 EMBEDDED = ("gdn", "mamba2", "rwkv7")
 
-# --------------------------------------------------------------------------------------------------
-# Knobs
-# --------------------------------------------------------------------------------------------------
+# ---- Knobs ---------------------------------------------------------------------------------------
 PASSAGE = 128  # tokens of a tested passage
-POSITIONS = range(
-    32, PASSAGE - HORIZONS + 1, 3
-)  # tested in each: some text before, ten tokens after
+EVERYWHERE = range(32, PASSAGE - HORIZONS + 1)  # some text before, ten tokens after
+POSITIONS = EVERYWHERE[::3]  # tested in each passage
 COSINE_MIN = 0.71  # a firing explains half of the write's energy
 CONTEXT = 512  # tokens of a training window
-
-# SAE settings by source: the write-aligned SAE, and one on states as the paper's
-SAE_DEFAULTS = {
+TRAINING_WINDOWS = dict(write=1500, state=800)  # of CONTEXT tokens
+METRIC_PASSAGES = 128  # for the read metric, POSITIONS[::4] of each
+NULL_PASSAGES = 600  # whose writes the untrained atoms are drawn from
+SAE_DEFAULTS = {  # by source: the write-aligned SAE, and one on states as the paper's
     "write": dict(
         atoms=16384, active=1, encoder="tied", decoder="rank1", sparsity="topk", metric="read"
     ),
@@ -71,9 +69,6 @@ SAE_DEFAULTS = {
         metric="frobenius",
     ),
 }
-TRAINING_WINDOWS = dict(write=1500, state=800)  # of CONTEXT tokens
-METRIC_PASSAGES = 128  # for the read metric, POSITIONS[::4] of each
-NULL_PASSAGES = 600  # whose writes the untrained atoms are drawn from
 
 
 def say(line: str):
@@ -81,49 +76,30 @@ def say(line: str):
     tqdm.write(line, file=sys.stderr)
 
 
-def progress(what: str):
-    """A progress bar on stderr for any iterable; nothing where stderr is no terminal."""
-
-    def bar(items):
-        return tqdm(items, desc=what, file=sys.stderr, leave=False, disable=None)
-
-    return bar
+def progress(items):
+    """A progress bar on stderr around any iterable; nothing where stderr is no terminal."""
+    return tqdm(items, file=sys.stderr, leave=False, disable=None)
 
 
-# --------------------------------------------------------------------------------------------------
-# Text: what every Python installation carries, or the user's own
-# --------------------------------------------------------------------------------------------------
-NOT_READ = {
-    "test",
-    "tests",
-    "site-packages",
-    "dist-packages",
-    "encodings",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "pydoc_data",
-}
+# ---- Text: what every Python installation carries, or the user's own -----------------------------
+NOT_READ = "test tests site-packages dist-packages encodings idlelib lib2to3 turtledemo pydoc_data"
 
 
 def python_text() -> dict[str, str]:
     """The standard library's sources (without its tests, code tables and bundled programs) and the
-    language reference. Returns file name -> text; the reference's topics are named "topics/NAME".
-    """
+    language reference: file name -> text; the reference's topics are named "topics/NAME"."""
+    from pydoc_data.topics import topics
+
     root, files = sysconfig.get_paths()["stdlib"], {}
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(
-            f for f in folders if f not in NOT_READ and not f.startswith(("__pycache__", "config-"))
-        )
+        left_out = [f for f in folders if f.startswith(("__pycache__", "config-"))]
+        folders[:] = sorted(set(folders) - set(left_out) - set(NOT_READ.split()))
         for name in sorted(names):
             if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                 path = os.path.join(folder, name)
                 with open(path, encoding="utf-8", errors="replace") as f:
                     files[os.path.relpath(path, root).replace(os.sep, "/")] = f.read()
-    from pydoc_data.topics import topics
-
-    files.update({f"topics/{name}": text for name, text in sorted(topics.items())})
-    return files
+    return files | {f"topics/{name}": text for name, text in sorted(topics.items())}
 
 
 def held_out(name: str) -> bool:
@@ -135,139 +111,98 @@ def read_files(path: str) -> dict[str, str]:
     """The text files of a folder (those that are UTF-8), or the one file. Raises InputError."""
     paths = [path]
     if os.path.isdir(path):
-        paths = sorted(
-            os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
-        )
+        found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+        paths = sorted(found)
     files = {}
-    for name in paths:
+    for file in paths:
         try:
-            with open(name, encoding="utf-8") as f:
-                files[os.path.relpath(name, path) if name != path else os.path.basename(path)] = (
-                    f.read()
-                )
+            with open(file, encoding="utf-8") as f:
+                name = os.path.basename(path) if file == path else os.path.relpath(file, path)
+                files[name] = f.read()
         except UnicodeDecodeError as error:
-            if name == path:
-                raise InputError(
-                    f"{path} is not UTF-8 text ({error.reason}); give a text file"
-                ) from None
+            require(file != path, f"{path} is not UTF-8 text ({error.reason}); give a text file")
         except OSError as error:
-            raise InputError(
-                f"{name}: cannot be read ({error.strerror}); give a text file or a folder "
-                "of them"
-            ) from None
-    if not files:
-        raise InputError(f"{path} holds no UTF-8 text file; give a text file or a folder of them")
+            advice = "give a text file or a folder of them"
+            raise InputError(f"{file}: cannot be read ({error.strerror}); {advice}") from None
+    require(files, f"{path} holds no UTF-8 text file; give a text file or a folder of them")
     return files
 
 
 def choose_text(args) -> tuple[dict[str, str], dict[str, str]]:
     """Training files and tested files, by --train-text and --text; Python's own where they are
-    silent."""
+    silent. Raises InputError if nothing is held out."""
     files = read_files(args.train_text) if args.train_text else python_text()
     training = {name: text for name, text in files.items() if not held_out(name)}
     tested = {name: text for name, text in files.items() if held_out(name)}
     if args.text:
-        training, tested = training if not args.train_text else files, read_files(args.text)
-    elif args.train_text and not tested:
-        raise InputError(
-            f"--train-text {args.train_text}: none of its {len(files)} files is held out "
-            "(one in ten is, by the hash of its name); give --text for the test"
-        )
+        return files if args.train_text else training, read_files(args.text)
+    none = f"--train-text {args.train_text}: none of its {len(files)} files is held out"
+    require(tested, f"{none} (one in ten is, by the hash of its name); give --text for the test")
     return training, tested
 
 
-class Passages(NamedTuple):
-    """Pieces of text as tokens."""
+class Corpus(NamedTuple):
+    """Text as a model reads it."""
 
-    tokens: Tensor  # [n, T]
-    file: Tensor  # [n] which file each comes from: intervals draw whole files
+    tokenizer: models.Tokenizer
+    training: dict[str, str]  # file name -> text
+    device: torch.device
+
+    def windows(self, n: int, T: int) -> Tensor:
+        """About n windows [n, T] of training text, without encoding all of it: 2 n evenly spread
+        pieces of 4 T characters are, and as many windows as they give are taken, up to n."""
+        text = "\n".join(self.training.values())
+        starts = torch.linspace(0, max(0, len(text) - 4 * T), 2 * n).long().tolist()
+        encoded = [self.tokenizer.encode(text[start : start + 4 * T])[:T] for start in starts]
+        pieces = [ids for ids in encoded if len(ids) == T]
+        few = f"the training text has {len(text)} characters, too few for one window of {T} tokens"
+        require(pieces, f"{few}: give a longer --train-text")
+        keep = torch.linspace(0, len(pieces) - 1, min(n, len(pieces))).long().tolist()
+        return torch.tensor([pieces[i] for i in keep], device=self.device)
 
 
 def copied(passage: str, lines: set[str]) -> bool:
-    """Whether every line of a passage, but those cut at its ends, is a line of the training
-    text."""
+    """Whether every line of a passage, but those cut at its ends, is a line of training text."""
     inside = passage.splitlines()[1:-1]
     return bool(inside) and all(line in lines for line in inside)
 
 
-def windows(tokenizer, files: dict[str, str], n: int, T: int, training: dict[str, str]) -> Passages:
+def tested_windows(corpus: Corpus, files: dict[str, str], n: int, T: int) -> tuple[Tensor, Tensor]:
     """n windows of T tokens, evenly spread over the files, each inside one file and none a copy of
-    training text. Raises InputError if there are fewer."""
-    lines = {line for text in training.values() for line in text.splitlines()}
+    training text: tokens [n, T] and the file of each [n]. Raises InputError if there are fewer."""
+    lines = {line for text in corpus.training.values() for line in text.splitlines()}
     tokens, file = [], []
     for i, text in enumerate(files.values()):
-        ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)
+        ids = torch.tensor(corpus.tokenizer.encode(text), dtype=torch.long)
         tokens.append(ids[: len(ids) // T * T].view(-1, T))
         file.append(torch.full((len(tokens[-1]),), i))
     tokens, file = torch.cat(tokens), torch.cat(file)
-    candidates = (
-        torch.linspace(0, max(0, len(tokens) - 1), min(len(tokens), 10 * n)).long().tolist()
-    )
-    own = [i for i in candidates if not copied(tokenizer.decode(tokens[i].tolist()), lines)]
-    if len(own) < n:
-        raise InputError(
-            f"the text gives {len(own)} passages of {T} tokens that are no copies of training "
-            f"text, {n} are needed: take a longer text or a smaller --passages"
-        )
+    spread = torch.linspace(0, max(0, len(tokens) - 1), min(len(tokens), 10 * n)).long().tolist()
+    decode = corpus.tokenizer.decode
+    own = [i for i in spread if not copied(decode(tokens[i].tolist()), lines)]
+    few = f"the text gives {len(own)} passages of {T} tokens that are no copies of training text"
+    require(len(own) >= n, f"{few}, {n} are needed: take a longer text or a smaller --passages")
     chosen = torch.tensor(own)[torch.linspace(0, len(own) - 1, n).long()]
-    return Passages(tokens[chosen], file[chosen])
+    return tokens[chosen].to(corpus.device), file[chosen]
 
 
-def training_windows(tokenizer, files: dict[str, str], n: int, T: int, device) -> Tensor:
-    """About n windows [n, T] of training text, without encoding all of it: 2 n evenly spread pieces
-    of 4 T characters are, and as many windows as they give are taken, up to n."""
-    text = "\n".join(files.values())
-    starts = torch.linspace(0, max(0, len(text) - 4 * T), 2 * n).long().tolist()
-    pieces = [torch.tensor(tokenizer.encode(text[start : start + 4 * T])[:T]) for start in starts]
-    pieces = [piece for piece in pieces if len(piece) == T]
-    if not pieces:
-        raise InputError(
-            f"the training text has {len(text)} characters, too few for one window of {T} "
-            "tokens: give a longer --train-text"
-        )
-    keep = torch.linspace(0, len(pieces) - 1, min(n, len(pieces))).long().tolist()
-    return torch.stack([pieces[i] for i in keep]).to(device)
-
-
-# --------------------------------------------------------------------------------------------------
-# Cells and their SAEs
-# --------------------------------------------------------------------------------------------------
-class Cell(NamedTuple):
-    """What one experiment works on: one head of one layer of a model, its SAE, and text."""
-
-    model: LanguageModel
-    layer: int
-    head: int
-    tokenizer: models.Tokenizer
-    passages: Passages  # tested
-    training: dict[str, str]  # file name -> text
-    rng: torch.Generator
-    sae: WriteSAE | None = None
-
-    def name(self) -> str:
-        """Such as "gdn L1H0"."""
-        return f"{self.model.name} L{self.layer}H{self.head}"
-
-
+# ---- Cells and their SAEs ------------------------------------------------------------------------
 def pick_device(name: str) -> torch.device:
-    """ "auto": a GPU where there is one."""
+    """ "auto": a GPU where there is one. Raises InputError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:80]
-        raise InputError(
-            f"device {name!r} cannot be used here ({reason}); take auto or cpu"
-        ) from None
+        why = str(error).splitlines()[0][:80]
+        raise InputError(f"device {name!r} cannot be used here ({why}); take auto or cpu") from None
 
 
 def open_model(name: str, args) -> LanguageModel:
     """An embedded model by its short name, or any folder or hub id."""
     path = os.path.join(HERE, "checkpoints", name) if name in EMBEDDED else name
-    model = models.load(
-        path, pick_device(args.device), dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
-    )
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
+    model = models.load(path, pick_device(args.device), dtype)
     model.name = name
     return model
 
@@ -278,10 +213,14 @@ def is_large(model: LanguageModel) -> bool:
     return sum(p.numel() for p in model.parameters()) > 100_000_000
 
 
+def cell_name(cell) -> str:
+    """Such as "gdn L1H0"."""
+    return f"{cell.model.name} L{cell.layer}H{cell.head}"
+
+
 def number(text: str, what: str) -> int:
     """A layer or head as a number. Raises InputError."""
-    if not text.isdecimal():
-        raise InputError(f"{what} {text!r}: allowed are a number or all")
+    require(text.isdecimal(), f"{what} {text!r}: allowed are a number or all")
     return int(text)
 
 
@@ -295,7 +234,7 @@ def chosen_cells(model: LanguageModel, args) -> list[tuple[int, int]]:
         layers = [number(args.layer, "layer")]
     cells = []
     for layer in layers:
-        heads = [number(args.head, "head")] if args.head != "all" else []
+        heads = [] if args.head == "all" else [number(args.head, "head")]
         model.check_cell(layer, heads[0] if heads else 0)
         cells += [(layer, head) for head in heads or range(model.layers[layer].mixer.heads)]
     return cells
@@ -304,7 +243,7 @@ def chosen_cells(model: LanguageModel, args) -> list[tuple[int, int]]:
 def sae_settings(args) -> dict:
     """The SAE's settings: the defaults of its source, and what the command line says."""
     settings = dict(source=args.source) | SAE_DEFAULTS[args.source] | dict(seed=args.seed)
-    asked = {key: getattr(args, key, None) for key in settings}
+    asked = {key: getattr(args, key) for key in settings if key in args}
     settings |= {key: value for key, value in asked.items() if value is not None}
     if args.train_text:
         settings["text"] = os.path.basename(os.path.normpath(args.train_text))
@@ -312,190 +251,139 @@ def sae_settings(args) -> dict:
 
 
 def sae_file(model: LanguageModel, layer: int, head: int, args) -> str:
-    """Where a cell's SAE lives: beside its model (or in --saes FOLDER), named by the cell and by
-    every setting that is not the default."""
-    settings, defaults = sae_settings(args), SAE_DEFAULTS[args.source] | dict(
-        seed=0, source="write"
-    )
-    other = [
-        f"{value}-" if key == "source" else f"{key}-{value}-"
-        for key, value in settings.items()
-        if value != defaults.get(key)
-    ]
-    return os.path.join(
-        args.saes or model.folder, f"sae-{''.join(other)}L{layer}H{head}.safetensors"
-    )
+    """Where a cell's SAE lives: beside its model (or in --saes, a folder or hub id), named by the
+    cell and by every setting that is not the default."""
+    defaults = SAE_DEFAULTS[args.source] | dict(seed=0, source="write")
+    other = ""
+    for key, value in sae_settings(args).items():
+        if value != defaults.get(key):
+            other += f"{value}-" if key == "source" else f"{key}-{value}-"
+    folder = models.find_folder(args.saes) if args.saes else model.folder
+    return os.path.join(folder, f"sae-{other}L{layer}H{head}.safetensors")
 
 
 def new_sae(model: LanguageModel, layer: int, head: int, settings: dict) -> WriteSAE:
     """An SAE of these settings for one cell, before training."""
     mixer, settings = model.layers[layer].mixer, dict(settings)
-    return WriteSAE(
-        settings.pop("atoms"),
-        mixer.K,
-        mixer.V,
-        **settings,
-        architecture=model.architecture,
-        model=os.path.basename(model.name),
-        layer=layer,
-        head=head,
-        layout="key first",
-        cosine_min=COSINE_MIN,
-    ).to(model.device)
+    whose = dict(architecture=model.architecture, model=os.path.basename(model.name))
+    settings |= whose | dict(layer=layer, head=head, layout="key first", cosine_min=COSINE_MIN)
+    return WriteSAE(settings.pop("atoms"), mixer.K, mixer.V, **settings).to(model.device)
 
 
-def cell_metric(cell: Cell, quick: bool) -> tuple[Tensor, Tensor]:
+def cell_metric(cell: Cell, corpus: Corpus, quick: bool) -> tuple[Tensor, Tensor]:
     """The read metric of a cell, from training text."""
     n = METRIC_PASSAGES if not quick else 2 if is_large(cell.model) else 8
-    sample = training_windows(cell.tokenizer, cell.training, n, PASSAGE, cell.model.device)
-    return writesae.read_metric(
-        cell.model,
-        sample,
-        cell.layer,
-        cell.head,
-        POSITIONS[::4],
-        cell.rng,
-        progress=progress("metric"),
-    )
+    sample = corpus.windows(n, PASSAGE)
+    return writesae.read_metric(cell._replace(tokens=sample, positions=POSITIONS[::4]))
 
 
-def fit(
-    sae: WriteSAE,
-    X: Factored,
-    generator: torch.Generator,
-    quick: bool,
-    steps: int | None = None,
-    sample: int = 150_000,
-):
+def fit(sae: WriteSAE, X: Factored, rng, quick: bool, steps: int | None, sample: int = 150_000):
     """Train an SAE by the method that fits its settings; says which in its cfg."""
-    one_write = (sae.cfg["encoder"], sae.cfg["decoder"], sae.sparsity) == ("tied", "rank1", "topk")
-    if one_write and sae.active == 1 and sae.cfg["source"] == "write":
+    settings = tuple(sae.cfg[key] for key in ("encoder", "decoder", "sparsity", "active", "source"))
+    if settings == ("tied", "rank1", "topk", 1, "write"):
         sae.cfg["method"] = "alternating updates"
-        writesae.fit_alternating(
-            sae,
-            X.keys[:, 0],
-            X.values[:, 0],
-            generator,
-            steps or (8 if quick else 24),
-            20_000 if quick else sample,
-            progress=progress("atoms"),
-        )
+        steps, sample = steps or (8 if quick else 24), 20_000 if quick else sample
+        k, v = X.keys[:, 0], X.values[:, 0]
+        writesae.fit_alternating(sae, k, v, rng, steps, sample, progress=progress)
     else:
         sae.cfg["method"] = "Adam"
-        writesae.fit_gradient(
-            sae,
-            X,
-            generator,
-            steps or (50 if quick else 2000),
-            256 if sae.cfg["source"] == "state" else 1024,
-            progress=progress("atoms"),
-        )
+        steps, batch = steps or (50 if quick else 2000), 1024 if settings[-1] == "write" else 256
+        writesae.fit_gradient(sae, X, rng, steps, batch, progress=progress)
     sae.requires_grad_(False)
 
 
-def train_saes(cell: Cell, heads: list[int], args) -> list[WriteSAE]:
+def train_saes(cell: Cell, corpus: Corpus, heads: list[int], args) -> list[WriteSAE]:
     """SAEs for several heads of the cell's layer, from the training text alone: one pass over it
     collects what all of them write."""
     began, settings, saes = time.time(), sae_settings(args), []
+    if args.quick and args.atoms is None:
+        settings["atoms"] = 512
     n = 60 if args.quick else min(TRAINING_WINDOWS[args.source], max(300, settings["atoms"] // 4))
-    tokens = training_windows(cell.tokenizer, cell.training, n, CONTEXT, cell.model.device)
-    all_X = writesae.collect(
-        cell.model, tokens, cell.layer, heads, args.source, progress=progress("writes")
+    tokens = corpus.windows(n, CONTEXT)
+    written = writesae.collect(
+        cell.model, tokens, cell.layer, heads, args.source, progress=progress
     )
-    for head, X in zip(heads, all_X):
+    for head, X in zip(heads, written):
         cell = cell._replace(head=head, rng=torch.Generator().manual_seed(settings["seed"]))
-        if args.quick and args.atoms is None:
-            settings["atoms"] = 512
         sae = new_sae(cell.model, cell.layer, head, settings)
         if settings["metric"] == "read":
-            writesae.set_metric(sae, *cell_metric(cell, args.quick))
+            writesae.set_metric(sae, *cell_metric(cell, corpus, args.quick))
         fit(sae, X, cell.rng, args.quick, args.steps)
         sample = X.rows(torch.randint(len(X.keys), (2000,), generator=cell.rng).to(X.keys.device))
-        cosines = writesae.cosine(sae.dominant(sample)[2], sample)
-        sae.cfg |= dict(
-            n_train=len(X.keys),
-            seconds=round(time.time() - began, 1),
-            median_cosine=round(cosines.median().item(), 4),
-        )
+        match = writesae.cosine(sae.dominant(sample)[2], sample).median().item()
+        sae.cfg |= dict(n_train=len(X.keys), seconds=round(time.time() - began, 1))
+        sae.cfg["median_cosine"] = round(match, 4)
         say(
-            f"SAE {cell.name()}: {sae.n_atoms:,} atoms, {sae.active} active, source {args.source}, "
-            f"{settings['metric']} metric, {sae.cfg['method']} on {len(X.keys):,} samples; median "
-            f"cosine with them {sae.cfg['median_cosine']:.3f}; {sae.cfg['seconds']} s"
+            f"SAE {cell_name(cell)}: {sae.n_atoms:,} atoms, {sae.active} active, source "
+            f"{args.source}, {settings['metric']} metric, {sae.cfg['method']} on "
+            f"{len(X.keys):,} samples; median cosine with them {match:.3f}; {sae.cfg['seconds']} s"
         )
         saes.append(sae)
     return saes
 
 
 def check_sae(sae: WriteSAE, cell: Cell, path: str, args):
-    """Raise InputError unless the SAE was made for this cell, and by the settings that were asked
-    for."""
-    mixer = cell.model.layers[cell.layer].mixer
-    expected = dict(
-        architecture=cell.model.architecture, K=mixer.K, V=mixer.V, layer=cell.layer, head=cell.head
-    )
-    if os.path.dirname(os.path.abspath(path)) != os.path.abspath(cell.model.folder):
-        expected["model"] = os.path.basename(cell.model.name)
-    names = dict(atoms="n_atoms")
-    for key in SAE_DEFAULTS["write"]:
-        if getattr(args, key, None) is not None:
-            expected[names.get(key, key)] = getattr(args, key)
+    """Raise InputError unless the SAE is of this cell, and of the settings that were asked for."""
+    mixer, model = cell.model.layers[cell.layer].mixer, cell.model
+    expected = dict(architecture=model.architecture, K=mixer.K, V=mixer.V)
+    expected |= dict(layer=cell.layer, head=cell.head)
+    if os.path.dirname(os.path.abspath(path)) != os.path.abspath(model.folder):
+        expected["model"] = os.path.basename(model.name)
+    if args.atoms is not None:
+        expected["n_atoms"] = args.atoms
     for key, value in expected.items():
-        if sae.cfg.get(key) != value:
-            raise InputError(
-                f"{path}: this SAE has {key} {sae.cfg.get(key)}, here it is {value}; give "
-                f"an SAE of {cell.name()}, or leave --sae out"
-            )
+        theirs, advice = sae.cfg.get(key), f"give an SAE of {cell_name(cell)}, or leave --sae out"
+        require(theirs == value, f"{path}: this SAE has {key} {theirs}, here it is {value}; {advice}")
 
 
-def find_sae(cell: Cell, args) -> WriteSAE:
+def find_sae(cell: Cell, corpus: Corpus, args) -> WriteSAE:
     """The cell's SAE from its file (or --sae), else a new one, trained now and said so."""
     path = args.sae or sae_file(cell.model, cell.layer, cell.head, args)
     if args.sae or os.path.exists(path):
         sae = WriteSAE.load(path).to(cell.model.device)
         check_sae(sae, cell, path, args)
-        return sae
-    kept = "small, not kept" if args.quick else "kept there"
-    say(f"no SAE yet for {cell.name()} ({path}): training one first, {kept}")
-    (sae,) = train_saes(cell, [cell.head], args)
-    if not args.quick:
-        sae.save(path)
+    else:
+        kept = "small, not kept" if args.quick else "kept there"
+        say(f"no SAE yet for {cell_name(cell)} ({path}): training one first, {kept}")
+        (sae,) = train_saes(cell, corpus, [cell.head], args)
+        if not args.quick:
+            sae.save(path)
+    if args.cosine_min is not None:
+        sae.cfg["cosine_min"] = args.cosine_min
     return sae
 
 
-# --------------------------------------------------------------------------------------------------
-# One driver for all experiments
-# --------------------------------------------------------------------------------------------------
+# ---- One driver for all experiments --------------------------------------------------------------
 class Experiment(NamedTuple):
-    """An experiment is measure(cell, args) -> (figures, table); the driver does all the rest."""
+    """An experiment is measure(cell, corpus, args) -> (figures, table); the driver does the rest."""
 
-    measure: Callable  # figures: a dict, for JSON; table: a row per tested thing
+    measure: Callable  # figures: a dict, or a list, for JSON; table: a row per tested thing
     columns: dict[str, str]  # heading -> format string over a row, "-" where it lacks it
-    rows: Callable  # figures -> the printed rows, a list of dicts
+    rows: Callable  # figures of a cell, a list -> the printed rows, a list of dicts
     legend: str  # printed above the table
     passages: tuple[int, int] = (176, 12)  # how many are tested, and with --quick
     needs_sae: bool = True
-    draw: Callable | None = None  # (results, tables, path): the picture of --plot
+    draw: Callable | None = None  # (results, tables): the picture of --plot
     all_cells: Callable | None = None  # results -> lines about many cells
 
 
 class TablePrinter:
-    """Prints rows under headings, each as soon as it is there; columns are as wide as the first
+    """Rows under headings, printed as soon as they are there; columns are as wide as the first
     need."""
 
     def __init__(self, columns: dict[str, str]):
         self.columns, self.widths = columns, None
 
-    def text(self, form: str, row: dict) -> str:
-        """One field; "-" where the row lacks what the format string names, or it is NaN."""
-        try:
-            text = form.format(**row)
-        except (KeyError, TypeError, IndexError):
-            return "-"
-        return "-" if "nan" in text else text
-
     def fields(self, row: dict) -> list[str]:
-        """The texts of one row."""
-        return [self.text(form, row) for form in self.columns.values()]
+        """The texts of one row; "-" where it lacks what a format string names, or it is NaN."""
+        texts = []
+        for form in self.columns.values():
+            try:
+                text = form.format(**row)
+            except (KeyError, TypeError, IndexError):
+                text = "-"
+            texts.append("-" if "nan" in text else text)
+        return texts
 
     def print(self, row: dict):
         """One row, under the headings if it is the first."""
@@ -507,11 +395,29 @@ class TablePrinter:
 
     def line(self, fields: list[str]):
         """One line; a column whose heading ends in a space is aligned left."""
-        aligned = [
-            f.ljust(width) if heading.endswith(" ") else f.rjust(width)
-            for f, width, heading in zip(fields, self.widths, self.columns)
-        ]
+        aligned = []
+        for text, width, heading in zip(fields, self.widths, self.columns):
+            aligned.append(text.ljust(width) if heading.endswith(" ") else text.rjust(width))
         print("  ".join(aligned).rstrip(), flush=True)
+
+    def markdown(self, rows: list[dict]) -> str:
+        """The whole table in Markdown."""
+        lines = [list(self.columns), ["---"] * len(self.columns), *map(self.fields, rows)]
+        return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def write_section(args, legend: str, columns: dict[str, str], rows: list[dict]):
+    """Write a table into the file of --markdown, under the command: its section is replaced if
+    there is one of this title, else added at the end. The rest of the file stays."""
+    text = ""
+    if os.path.exists(args.markdown):
+        with open(args.markdown, encoding="utf-8") as f:
+            text = f.read()
+    first, *sections = text.split("\n## ")
+    kept = [section for section in sections if section.splitlines()[0] != args.title]
+    table = TablePrinter(columns).markdown(rows)
+    kept.append(f"{args.title}\n\n```\n{legend}\n```\n\n{table}")
+    write_text(args.markdown, "\n## ".join([first, *kept]))
 
 
 def no_nan(x):
@@ -525,135 +431,94 @@ def no_nan(x):
 
 def json_lines(name: dict, table: Table) -> str:
     """One JSON line per row of a table, the cell's name in each."""
-    columns = {key: x.tolist() for key, x in table.items()}
-    n = len(next(iter(columns.values()), []))
-    return "".join(
-        json.dumps(no_nan(name | {key: x[i] for key, x in columns.items()})) + "\n"
-        for i in range(n)
-    )
+    columns = [x.tolist() for x in table.values()]
+    rows = [name | dict(zip(table, values)) for values in zip(*columns)]
+    return "".join(json.dumps(no_nan(row)) + "\n" for row in rows)
 
 
-def write_section(path: str, title: str, legend: str, printer: TablePrinter, rows: list[dict]):
-    """Write a table into a Markdown file: its section is replaced if there is one of this title,
-    else added at the end. The rest of the file stays."""
-    lines = [
-        f"## {title}",
-        "",
-        "```",
-        legend,
-        "```",
-        "",
-        "| " + " | ".join(printer.columns) + " |",
-        "|" + "---|" * len(printer.columns),
-    ]
-    lines += ["| " + " | ".join(printer.fields(row)) + " |" for row in rows]
-    text = ""
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
-    sections = text.split("\n## ")
-    kept = [section for section in sections[1:] if section.splitlines()[0] != title]
-    kept.append("\n".join(lines)[3:] + "\n")
-    write_text(path, "\n## ".join([sections[0], *kept]))
+def world() -> int:
+    """The number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def shared_out(jobs: list) -> list:
     """This process's share of the jobs: all of them, or under torchrun every world-th."""
-    return jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+    return jobs[int(os.environ.get("RANK", 0)) :: world()]
 
 
 def gathered(shares: list) -> list:
     """What all processes measured, in the order of the jobs, on rank 0 (empty on the others)."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
+    if world() == 1:
         return shares
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    everything = [None] * world if dist.get_rank() == 0 else None
+    everything = [None] * world() if dist.get_rank() == 0 else None
     dist.gather_object(shares, everything)
     dist.destroy_process_group()
     if everything is None:
         return []
-    return [everything[i % world][i // world] for i in range(sum(map(len, everything)))]
+    return [everything[i % world()][i // world()] for i in range(sum(map(len, everything)))]
 
 
-def open_cells(args, n: int, jobs: list | None = None):
-    """Yield the cells that the arguments name, one after the other (this process's share of
-    them)."""
+def open_cells(args, n: int):
+    """Yield the cells that the arguments name (this process's share of them) and their corpus."""
     training, tested = choose_text(args)
-    jobs = [
-        (name, cell) for name in args.models for cell in chosen_cells(open_model(name, args), args)
-    ]
-    opened = None
-    for name, (layer, head) in shared_out(jobs):
+    jobs, opened = [], None
+    for name in args.models:
+        jobs += [(name, *cell) for cell in chosen_cells(open_model(name, args), args)]
+    for name, layer, head in shared_out(jobs):
         if opened != name:
             model, opened = open_model(name, args), name
-            tokenizer = models.load_tokenizer(model)
-            few = args.quick and args.passages is None and is_large(model)
-            passages = windows(tokenizer, tested, max(2, n // 4) if few else n, PASSAGE, training)
-            passages = passages._replace(tokens=passages.tokens.to(model.device))
-        yield Cell(
-            model,
-            layer,
-            head,
-            tokenizer,
-            passages,
-            training,
-            torch.Generator().manual_seed(args.seed),
-        )
+            corpus = Corpus(models.load_tokenizer(model), training, model.device)
+            if args.quick and args.passages is None and is_large(model):
+                n = max(2, n // 4)
+            tokens, file = tested_windows(corpus, tested, n, PASSAGE)
+        rng = torch.Generator().manual_seed(args.seed)
+        cell = Cell(model, layer, head, tokens, POSITIONS, rng, file=file, progress=progress)
+        yield cell, corpus
 
 
 def run_experiment(args) -> int:
     """Any experiment: for each cell its figures; then the table, JSON, records, a picture."""
     experiment = EXPERIMENTS[args.command]
-    n = args.passages or experiment.passages[args.quick]
     print(experiment.legend + "\n")
     printer, shares = TablePrinter(experiment.columns), []
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    for cell in open_cells(args, n):
+    for cell, corpus in open_cells(args, args.passages or experiment.passages[args.quick]):
         if experiment.needs_sae:
-            cell = cell._replace(sae=find_sae(cell, args))
-        say(
-            f"{args.command} {cell.name()}: {len(cell.passages.tokens)} passages of "
-            f"{args.text or 'held-out text'}, {cell.model.device}, seed {args.seed}"
-        )
+            cell = cell._replace(sae=find_sae(cell, corpus, args))
+        what, text = f"{args.command} {cell_name(cell)}", args.text or "held-out text"
+        say(f"{what}: {len(cell.tokens)} passages of {text}, {cell.tokens.device}, seed {args.seed}")
         began, name = time.time(), dict(model=cell.model.name, layer=cell.layer, head=cell.head)
-        figures, table = experiment.measure(cell, args)
+        figures, table = experiment.measure(cell, corpus, args)
         results = [name | f for f in (figures if isinstance(figures, list) else [figures])]
         results[0]["seconds"] = round(time.time() - began, 1)
         shares.append((name, results, table))
-        if alone:
-            for row in experiment.rows(results):
-                printer.print(row)
-    shares = gathered(shares)
-    for _, results, _ in shares if not alone else []:
-        for row in experiment.rows(results):
+        for row in experiment.rows(results) if world() == 1 else []:
             printer.print(row)
-    finish(experiment, shares, args)
+    shares = gathered(shares)
+    if shares:
+        finish(experiment, printer, shares, args)
     return 0
 
 
-def finish(experiment: Experiment, shares: list, args):
-    """What comes after the last row: lines over all cells, JSON, records, the picture."""
-    if not shares:
-        return
+def finish(experiment: Experiment, printer: TablePrinter, shares: list, args):
+    """What comes after the last cell: lines over all of them, JSON, records, the picture."""
     everything = [figures for _, results, _ in shares for figures in results]
+    for _, results, _ in shares if world() > 1 else []:
+        for row in experiment.rows(results):
+            printer.print(row)
     if experiment.all_cells and "all" in (args.layer, args.head):
         print(experiment.all_cells(everything))
     if args.json:
         write_text(args.json, json.dumps(no_nan(everything), indent=1))
     if args.markdown:
         rows = [row for _, results, _ in shares for row in experiment.rows(results)]
-        write_section(
-            args.markdown, args.title, experiment.legend, TablePrinter(experiment.columns), rows
-        )
+        write_section(args, experiment.legend, experiment.columns, rows)
     if args.records:
         write_text(args.records, "".join(json_lines(name, table) for name, _, table in shares))
     if args.plot:
-        tables = [table for _, _, table in shares]
-        figure = experiment.draw(everything, tables)
-        save_then_rename(lambda path: figure.savefig(path, dpi=110, format="png"), args.plot)
+        save_figure(experiment.draw(everything, [table for _, _, table in shares]), args.plot)
 
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green")
@@ -666,50 +531,47 @@ def panels(n: int, width: float = 4.2, height: float = 3.6):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        1, n, figsize=(width * n, height), constrained_layout=True, squeeze=False
-    )
+    size = (width * n, height)
+    figure, axes = plt.subplots(1, n, figsize=size, constrained_layout=True, squeeze=False)
     return figure, axes[0]
 
 
-# --------------------------------------------------------------------------------------------------
-# replace
-# --------------------------------------------------------------------------------------------------
-def null_dictionary(cell: Cell, sae: WriteSAE) -> WriteSAE:
-    """As many writes of the training text as sae has atoms, drawn at random: no training."""
-    n = max(60, min(NULL_PASSAGES, sae.n_atoms // 16))
-    tokens = training_windows(cell.tokenizer, cell.training, n, PASSAGE, cell.model.device)
-    (X,) = writesae.collect(
-        cell.model, tokens, cell.layer, [cell.head], skip=POSITIONS[0], progress=progress("null")
-    )
-    return writesae.untrained(sae, X.keys[:, 0], X.values[:, 0], cell.rng)
+def save_figure(figure, path: str, dpi: int = 110):
+    """Write a figure as a PNG file, whole or not at all."""
+
+    def write(file: str):
+        figure.savefig(file, dpi=dpi, format="png")
+
+    save_then_rename(write, path)
 
 
-def replace(cell: Cell, args):
+def dots(axis, x: Tensor, y: Tensor, label: str, colour: str | None = None):
+    """A cloud of points in a panel."""
+    axis.scatter(x, y, s=3, alpha=0.35, linewidths=0, color=colour, label=label)
+
+
+# ---- replace -------------------------------------------------------------------------------------
+def null_dictionary(cell: Cell, corpus: Corpus) -> WriteSAE:
+    """As many writes of the training text as the cell's SAE has atoms, drawn at random."""
+    n = max(60, min(NULL_PASSAGES, cell.sae.n_atoms // 16))
+    tokens, skip = corpus.windows(n, PASSAGE), POSITIONS[0]
+    (X,) = writesae.collect(cell.model, tokens, cell.layer, [cell.head], skip=skip)
+    return writesae.untrained(cell.sae, X.keys[:, 0], X.values[:, 0], cell.rng)
+
+
+def replace(cell: Cell, corpus: Corpus, args):
     """The replacement test of one cell: its figures, and a row per tested position."""
-    dictionaries = {"atom": cell.sae, "untrained": null_dictionary(cell, cell.sae)}
-    positions = POSITIONS[::4] if args.quick else POSITIONS
-    table = writesae.replacement(
-        cell.model,
-        dictionaries,
-        cell.passages.tokens,
-        cell.layer,
-        cell.head,
-        positions,
-        cell.rng,
-        progress=progress("replace"),
-    )
-    table["file"] = cell.passages.file[table["passage"]]
-    cosine_min = cell.sae.cfg["cosine_min"] if args.cosine_min is None else args.cosine_min
-    figures = dict(
-        source=cell.sae.cfg["source"], scale="activation", cosine_min=cosine_min, sae=cell.sae.cfg
-    )
+    if args.quick:
+        cell = cell._replace(positions=POSITIONS[::4])
+    dictionaries = {"atom": cell.sae, "untrained": null_dictionary(cell, corpus)}
+    table, cosine_min = writesae.replacement(cell, dictionaries), cell.sae.cfg["cosine_min"]
+    figures = dict(source=cell.sae.cfg["source"], scale="activation", cosine_min=cosine_min)
+    figures["sae"] = cell.sae.cfg
     return figures | writesae.replacement_figures(table, cosine_min, cell.rng), table
 
 
 #: The paper's rows (Qwen3.5-0.8B layers 1, 9, 17 pooled; Mamba-2-370M L24; RWKV-7-1.5B L12, there
-# at : matched norm). Its "recovered" follows from its median KLs of each layer: 0.27 / 0.63 / 0.29;
-# 0.40.
+#: at matched norm). Its "recovered" is from its median KLs, of GDN per layer 0.27 / 0.63 / 0.29.
 PAPER_REPLACE = {
     "gdn": dict(n_firings=4851, win_rate=0.924),
     "mamba2": dict(n_firings=2500, win_rate=0.881, recovered_pooled=0.40),
@@ -718,14 +580,12 @@ PAPER_REPLACE = {
 
 
 def replace_rows(results: list[dict]) -> list[dict]:
-    """Four rows for a cell: trained, the two nulls, the paper's."""
+    """Rows for a cell: trained, the two nulls, and for a default cell the paper's."""
     (r,) = results
-    null = r["untrained"]
     low, high = r["win_ci95_by_file"]
-    interval = f" [{100 * low:.1f}, {100 * high:.1f}]"
     rows = [
-        r | dict(name="{model} L{layer}H{head}".format(**r), interval=interval),
-        null | dict(name="  untrained writes"),
+        r | dict(name=cell_title(r), interval=f" [{100 * low:.1f}, {100 * high:.1f}]"),
+        r["untrained"] | dict(name="  untrained writes"),
         dict(name="  random direction", win_rate=r["projected_win_rate"]),
     ]
     if r["model"] in PAPER_REPLACE and (r["layer"], r["head"]) == (1, 0):
@@ -733,28 +593,30 @@ def replace_rows(results: list[dict]) -> list[dict]:
     return [dict(interval="") | row for row in rows]
 
 
+def cell_title(r: dict) -> str:
+    """ "gdn L1H0" from a result."""
+    return "{model} L{layer}H{head}".format(**r)
+
+
 def replace_cells(results: list[dict]) -> str:
     """Mean ± deviation and range over cells."""
-    lines = []
+    lines = [f"\n{len(results)} cells: mean ± standard deviation [range]"]
     for key in ("coverage", "win_rate", "recovered_pooled", "win_rate_all", "recovered_pooled_all"):
         ours = torch.tensor([r[key] for r in results], dtype=torch.float64)
         null = torch.tensor([r["untrained"][key] for r in results], dtype=torch.float64)
-        lines.append(
-            f"{key:20}  {ours.mean():.3f} ± {ours.std():.3f} [{ours.min():.3f}, {ours.max():.3f}]"
-            f"   untrained {null.mean():.3f} ± {null.std():.3f}"
-        )
-    return f"\n{len(results)} cells: mean ± standard deviation [range]\n" + "\n".join(lines)
+        spread = f"{ours.mean():.3f} ± {ours.std():.3f} [{ours.min():.3f}, {ours.max():.3f}]"
+        lines.append(f"{key:20}  {spread}   untrained {null.mean():.3f} ± {null.std():.3f}")
+    return "\n".join(lines)
 
 
-REPLACE_LEGEND = f"""\
-Replacement: one write of one head is taken out of the state and something else put in its
-place. effect: KL(unmodified ‖ edited) of the next-token distribution, summed over the write's
-step and the ten after it. firing: the dominant atom explains {100 * COSINE_MIN ** 2:.0f} % of
-the write's energy or more. n: firings.  cover: their share of all positions.  win: share of
-firings where the effect is smaller than with nothing in the write's place [95 %].  recovered: 1
-− Σ effect / Σ effect of nothing. all: the same over all positions.  untrained writes: as many
-random training writes as atoms. random direction: at its own best coefficient; wins half the
-time, so a win alone means little."""
+REPLACE_LEGEND = """\
+Replacement: one write of one head is taken out of the state and something else put in its place.
+effect: KL(unmodified ‖ edited) of the next-token distribution, summed over the write's step and the
+ten after it.  firing: the dominant atom explains half of the write's energy or more.  n: firings.
+cover: their share of all positions.  win: share of firings where the effect is smaller than with
+nothing in the write's place [95 %, by whole files].  recovered: 1 − Σ effect / Σ effect of nothing.
+all: the same over all positions.  untrained writes: as many random training writes as atoms.
+random direction: at its own best coefficient; wins half the time, so a win alone means little."""
 REPLACE_COLUMNS = {
     "cell               ": "{name:19}",
     "     n": "{n_firings:,}",
@@ -770,63 +632,38 @@ def draw_replace(results: list[dict], tables: list[Table]):
     """A panel per cell: the effect with the atom against the effect with nothing, a point per
     firing; the untrained dictionary's firings beside them."""
     figure, axes = panels(len(results))
+    labels = dict(untrained="untrained writes", atom="trained atoms")
     for axis, r, table in zip(axes, results, tables):
         delete = writesae.effect(table, "delete")
-        for name, colour, label in (
-            ("untrained", "tab:orange", "untrained writes"),
-            ("atom", "tab:blue", "trained atoms"),
-        ):
+        for name, colour in dict(untrained="tab:orange", atom="tab:blue").items():
             here = writesae.fires(table, name, r["cosine_min"])
-            axis.scatter(
-                delete[here],
-                writesae.effect(table, name)[here],
-                s=3,
-                alpha=0.35,
-                linewidths=0,
-                color=colour,
-                label=f"{label}: {int(here.sum()):,}",
-            )
+            label = f"{labels[name]}: {int(here.sum()):,}"
+            dots(axis, delete[here], writesae.effect(table, name)[here], label, colour)
         low, high = 1e-7, delete.max().item()
         axis.plot([low, high], [low, high], color="black", linewidth=0.8)
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlim=(low, high),
-            ylim=(low / 100, high),
-            xlabel="effect with nothing in the write's place (nats)",
-            title="{model} L{layer}H{head}: {win_rate:.1%} below the line".format(**r),
-        )
+        axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low / 100, high))
+        axis.set_xlabel("effect with nothing in the write's place (nats)")
+        axis.set_title("{}: {win_rate:.1%} below the line".format(cell_title(r), **r))
         axis.legend(markerscale=4, fontsize=8, loc="upper left")
     axes[0].set_ylabel("effect with the atom there (nats)")
     return figure
 
 
-# --------------------------------------------------------------------------------------------------
-# formula: what each factor of the logit-change formula is worth
-# --------------------------------------------------------------------------------------------------
-def formula(cell: Cell, args):
+# ---- formula: what each factor of the logit-change formula is worth ------------------------------
+def formula(cell: Cell, corpus: Corpus, args):
     """The ladder of one cell, in fp64 (but for a large model), so that what a small edit moves
     stands clear of rounding."""
     dtype = cell.model.unembedding.dtype
     if not is_large(cell.model):
         cell.model.double()
         cell.sae.double()
-    cosine_min = cell.sae.cfg["cosine_min"] if args.cosine_min is None else args.cosine_min
     positions = POSITIONS[1::8] if args.quick else POSITIONS[::4]
-    table = writesae.ladder(
-        cell.model,
-        cell.sae,
-        cell.passages.tokens,
-        cell.layer,
-        cell.head,
-        positions,
-        cosine_min,
-        progress=progress("formula"),
-    )
+    table = writesae.ladder(cell._replace(positions=positions))
     cell.model.to(dtype)
     cell.sae.float()
     n = len(table["index"])
-    return dict(n=n * len(writesae.RANKS), n_firings=n, rungs=writesae.ladder_figures(table)), table
+    rungs = writesae.ladder_figures(table)
+    return dict(n=n * len(writesae.RANKS), n_firings=n, rungs=rungs), table
 
 
 #: the paper's R²: median per atom, a scalar fitted per passage, atom and token; Mamba-2: unfitted
@@ -836,7 +673,7 @@ PAPER_FORMULA = {"gdn": 0.98, "mamba2": -0.07}
 def formula_rows(results: list[dict]) -> list[dict]:
     """A row for the cell, one per rung, one for the paper."""
     (r,) = results
-    rows = [dict(name="{model} L{layer}H{head}, {n_firings} firings".format(**r)), *r["rungs"]]
+    rows = [dict(name=f"{cell_title(r)}, {r['n_firings']} firings"), *r["rungs"]]
     if r["model"] in PAPER_FORMULA:
         rows.append(dict(name="  the paper", r2=PAPER_FORMULA[r["model"]]))
     return rows
@@ -866,53 +703,32 @@ def draw_formula(results: list[dict], tables: list[Table]):
     figure, axes = panels(len(results))
     names = list(writesae.RUNGS)
     for axis, r, table in zip(axes, results, tables):
-        y = table["measured_swap"].flatten()
-        limit = y.abs().quantile(0.995).item()
+        measured = table["measured_swap"].flatten()
+        limit = measured.abs().quantile(0.995).item()
         for name in ("three factors, fitted", "direct path", "full Jacobian"):
             i = names.index(name)
-            axis.scatter(
-                table["predicted_swap"][:, i].flatten(),
-                y,
-                s=2,
-                alpha=0.3,
-                linewidths=0,
-                label=f"{name}: R² {r['rungs'][i]['r2']:.2f}",
-            )
+            predicted, label = table["predicted_swap"][:, i], f"{name}: R² {r['rungs'][i]['r2']:.2f}"
+            dots(axis, predicted.flatten(), measured, label)
         axis.axline((0, 0), slope=1, color="black", linewidth=0.7)
-        axis.set(
-            xlim=(-limit, limit),
-            ylim=(-limit, limit),
-            xlabel="predicted (nats)",
-            title="{model} L{layer}H{head}, {n_firings} firings".format(**r),
-        )
+        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xlabel="predicted (nats)")
+        axis.set_title(f"{cell_title(r)}, {r['n_firings']} firings")
         axis.legend(fontsize=7, markerscale=4)
     axes[0].set_ylabel("measured change of the logit (nats)")
     return figure
 
 
-# --------------------------------------------------------------------------------------------------
-# steer: edits of the memory after which a token appears
-# --------------------------------------------------------------------------------------------------
+# ---- steer: edits of the memory after which a token appears --------------------------------------
 PROMPT = 96  # tokens of a prompt
 BUDGETS = [round(0.25 * 2 ** (i / 4), 2) for i in range(25)]  # 0.25 to 16 native writes
 SIGN_TESTED = ("formula", "gated", "gradient")
 
 
-def reach_cells(cell: Cell, reach: str) -> list[tuple[int, int]]:
-    """The cells that are edited: one head, all heads of its layer, or all heads of all layers."""
-    everywhere = [
-        (layer, head)
-        for layer in cell.model.recurrent_layers
-        for head in range(cell.model.layers[layer].mixer.heads)
-    ]
+def edited_heads(cell: Cell, reach: str) -> list[tuple[int, int]]:
+    """One head, all heads of its layer, or all heads of all layers, as (layer, head)."""
     if reach == "head":
         return [(cell.layer, cell.head)]
-    return [c for c in everywhere if reach == "all" or c[0] == cell.layer]
-
-
-def some_rows(table: Table, rows: Tensor) -> Table:
-    """The rows of a table where `rows` is true."""
-    return {name: x[rows.to(x.device)] for name, x in table.items()}
+    layers = cell.model.recurrent_layers if reach == "all" else [cell.layer]
+    return [(layer, head) for layer in layers for head in range(cell.model.layers[layer].mixer.heads)]
 
 
 def by_stratum(edited: Table, native: Table, random: Table) -> list[dict]:
@@ -925,55 +741,37 @@ def by_stratum(edited: Table, native: Table, random: Table) -> list[dict]:
     return figures
 
 
-def steer(cell: Cell, args):
+def steer(cell: Cell, corpus: Corpus, args):
     """Edits of one size by each value side; with --smallest the least budget of memory by each key
     side; with --prompt one edit, shown."""
     if args.prompt is not None or args.target is not None:
-        return show(cell, args)
-    tokens, key = cell.passages.tokens[:, :PROMPT], args.key or "read"
+        return show(cell, corpus, args)
+    tokens, key = cell.tokens[:, :PROMPT], args.key or "read"
     each = 1 if args.quick or args.smallest else 3  # targets per prompt and stratum
     pairs = writesae.draw_targets(cell.model, tokens, each, cell.rng)
-    if len(pairs["stratum"].unique()) < len(writesae.STRATA):
-        raise InputError(
-            "no token of rank 100 to 1000 in and out of these prompts (the vocabulary "
-            f"has {cell.model.vocab} tokens): take more --passages"
-        )
+    none = "no token of rank 100 to 1000 in and out of these prompts (the vocabulary has"
+    both = len(pairs["stratum"].unique()) == len(writesae.STRATA)
+    require(both, f"{none} {cell.model.vocab} tokens): take more --passages")
 
-    def edit(
-        pairs: Table,
-        value: str | None,
-        key: str = key,
-        size: float = args.magnitude,
-        budget: bool = False,
-        reach: str = args.reach,
-        n: int = writesae.EDITED,
-    ) -> Table:
-        rng = torch.Generator().manual_seed(args.seed)  # the same draws for every edit
-        return writesae.steer(
-            cell.model, tokens, pairs, reach_cells(cell, reach), key, value, size, budget, rng, n
-        )
+    def edit(pairs: Table, value: str | None, reach: str = args.reach, **how) -> Table:
+        how = dict(key=key, size=args.magnitude) | how
+        how = Steering(edited_heads(cell, reach), value=value, **how)
+        return writesae.steer(cell.model, tokens, pairs, how, args.seed)
 
     if args.smallest:
-        seen = writesae.every_second(cell.passages.file).to(tokens.device)[pairs["prompt"]]
+        seen = writesae.every_second(cell.file).to(tokens.device)[pairs["prompt"]]
         search, unseen = some_rows(pairs, seen), some_rows(pairs, ~seen)
         keys = [args.key] if args.key else writesae.KEY_SIDES
         found = [least_budget(edit, search, unseen, key) for key in keys]
         return [r | dict(reach=args.reach) for r in found], pairs
     native, random, results = edit(pairs, None), edit(pairs, "random"), []
-    for value in progress("steer")([args.value] if args.value else writesae.VALUE_SIDES):
+    for value in progress([args.value] if args.value else writesae.VALUE_SIDES):
         edited = edit(pairs, value)
-        r = dict(
-            value=value,
-            key=key,
-            reach=args.reach,
-            magnitude=args.magnitude,
-            budget=False,
-            size=edited["size"].mean().item(),
-            strata=by_stratum(edited, native, random),
-        )
+        r = dict(value=value, key=key, reach=args.reach, magnitude=args.magnitude, budget=False)
+        r |= dict(size=mean(edited["size"]), strata=by_stratum(edited, native, random))
         if value in SIGN_TESTED:  # one head, the last position, the natural size
-            one = edit(pairs, value, size=1.0, reach="head", n=1)
-            r["sign_rate"] = (one["logit"] > native["logit"]).double().mean().item()
+            one = edit(pairs, value, reach="head", size=1.0, n=1)
+            r["sign_rate"] = mean(one["logit"] > native["logit"])
         results.append(r)
     return results, edited
 
@@ -986,96 +784,56 @@ def least_budget(edit: Callable, search: Table, unseen: Table, key: str) -> dict
 
     def passes(budget: float) -> bool:
         edited = edit(search, "memory", key=key, size=budget, budget=True)
-        tried[budget] = writesae.persists(edited).double().mean().item()
+        tried[budget] = mean(writesae.persists(edited))
         return tried[budget] == 1
 
     i = bisect.bisect_left(BUDGETS, True, key=passes)
     budget = BUDGETS[min(i, len(BUDGETS) - 1)]
-    edited, native, random = (
-        edit(unseen, value, key=key, size=budget, budget=True)
-        for value in ("memory", None, "random")
-    )
-    return dict(
-        value="memory",
-        key=key,
-        magnitude=budget,
-        budget=True,
-        found=i < len(BUDGETS),
-        size=edited["size"].mean().item(),
-        n_search=len(search["target"]),
-        search_rates={str(b): rate for b, rate in sorted(tried.items())},
-        strata=by_stratum(edited, native, random),
-    )
+    how = dict(key=key, size=budget, budget=True)
+    edited, native, random = (edit(unseen, value, **how) for value in ("memory", None, "random"))
+    rates = {str(b): rate for b, rate in sorted(tried.items())}
+    figures = dict(value="memory", key=key, magnitude=budget, budget=True, found=i < len(BUDGETS))
+    figures |= dict(size=mean(edited["size"]), n_search=len(search["target"]), search_rates=rates)
+    return figures | dict(strata=by_stratum(edited, native, random))
 
 
-def show(cell: Cell, args):
+def show(cell: Cell, corpus: Corpus, args):
     """One edit: what is said without it, with it, and with it and the first token forced back."""
-    encode, decode = cell.tokenizer.encode, cell.tokenizer.decode
+    encode, decode = corpus.tokenizer.encode, corpus.tokenizer.decode
     target = encode(args.target or "")
-    if not args.prompt or len(target) != 1:
-        raise InputError(
-            f"--target {args.target!r} is {len(target)} tokens for this model "
-            f"({[decode([i]) for i in target]}): give a --prompt and one token"
-        )
+    pieces = [decode([i]) for i in target]
+    got = f"--target {args.target!r} is {len(target)} tokens for this model ({pieces})"
+    require(args.prompt and len(target) == 1, f"{got}: give a --prompt and one token")
     tokens = torch.tensor([encode(args.prompt)], device=cell.model.device)
-    pair = {
-        name: torch.tensor([x], device=tokens.device)
-        for name, x in dict(prompt=0, target=target[0], stratum=0).items()
-    }
-    key, value = args.key or "read", args.value or "memory"
-    before, after = (
-        writesae.steer(
-            cell.model,
-            tokens,
-            pair,
-            reach_cells(cell, args.reach),
-            key,
-            v,
-            args.magnitude,
-            generator=cell.rng,
-        )
-        for v in (None, value)
-    )
+    pair = dict(prompt=0, target=target[0], stratum=0)
+    pair = {name: torch.tensor([x], device=tokens.device) for name, x in pair.items()}
+    edit = Steering(edited_heads(cell, args.reach), args.key or "read", size=args.magnitude)
+    value = args.value or "memory"
+    before = writesae.steer(cell.model, tokens, pair, edit)
+    after = writesae.steer(cell.model, tokens, pair, edit._replace(value=value))
     texts = {"no edit": before["said"], "edited": after["said"], "kept": after["kept"]}
-    return (
-        dict(
-            prompt=args.prompt,
-            target=args.target,
-            value=value,
-            key=key,
-            reach=args.reach,
-            magnitude=args.magnitude,
-            size=after["size"].item(),
-            texts={name: decode(ids[0].tolist()) for name, ids in texts.items()},
-            p_target=after["log_p"][0].exp().tolist(),
-        ),
-        after,
-    )
+    figures = dict(prompt=args.prompt, target=args.target, value=value, key=edit.key)
+    figures |= dict(reach=args.reach, magnitude=args.magnitude, size=mean(after["size"]))
+    figures["texts"] = {name: decode(ids[0].tolist()) for name, ids in texts.items()}
+    return figures | dict(p_target=after["log_p"][0].exp().tolist()), after
 
 
 def steer_rows(results: list[dict]) -> list[dict]:
     """No edit, a random one, then a row per edit; of `show` a few lines instead."""
     first = results[0]
     if "texts" in first:
-        print(
-            "{model}: {value}, {key} key, reach {reach}, {magnitude:g}x; all states change by "
-            "{size:.0%} of their norm; target {target!r}".format(**first)
-        )
+        print(SHOWN.format(**first))
         for name, text in first["texts"].items():
             print(f"  {name:8} {text!r}")
-        chances = " ".join(f"{p:.2f}" for p in first["p_target"])
-        print(f"  p(target) at each step of kept: {chances}")
+        print("  p(target) at each step of kept:", *(f"{p:.2f}" for p in first["p_target"]))
         return []
 
     def control(r: dict, kind: str) -> dict:
-        strata = [
-            dict(
-                persists_rate=s[kind + "_persists_rate"],
-                edited_rate=s[kind + "_rate"],
-                edited_perplexity=s[kind + "_perplexity"],
-            )
-            for s in r["strata"]
-        ]
+        strata = []
+        for s in r["strata"]:
+            names = dict(persists_rate="_persists_rate", edited_rate="_rate")
+            names["edited_perplexity"] = "_perplexity"
+            strata.append({name: s[kind + theirs] for name, theirs in names.items()})
         return dict(what=f"{r['model']}, {r['strata'][0]['n_pairs']} pairs: {kind}", strata=strata)
 
     rows = [control(first, "native")]
@@ -1087,6 +845,9 @@ def steer_rows(results: list[dict]) -> list[dict]:
     return rows
 
 
+SHOWN = """\
+{model}: {value}, {key} key, reach {reach}, {magnitude:g}x; all states change by {size:.0%} of their
+norm; target {target!r}"""
 STEER_LEGEND = """\
 Steering: key valueᵀ is added to the states at a prompt's last three positions, then 20 tokens
 are decoded. Targets: rank 100-1000 for the first new token; in the prompt, or absent from it.
@@ -1127,58 +888,29 @@ def draw_steer(results: list[dict], tables: list[Table]):
     return figure
 
 
-def add_steering(p: Parser):
-    """What `steer` alone takes."""
-    p.add_argument("--key", choices=writesae.KEY_SIDES, help="key side (default read)")
-    p.add_argument("--value", choices=writesae.VALUE_SIDES, help="only this value side")
-    p.add_argument("--reach", default="all", choices=["head", "layer", "all"], help="edited heads")
-    p.add_argument("--magnitude", type=finite, default=3.0, help="each edit, in native writes")
-    p.add_argument(
-        "--smallest",
-        action="store_true",
-        help="search the least budget after which targets persist (--passages 120)",
-    )
-    p.add_argument("--prompt", metavar="TEXT", help="show one edit of this text, with --target")
-    p.add_argument("--target", metavar="TOKEN", help="the token that is to appear after --prompt")
-
-
-# --------------------------------------------------------------------------------------------------
-# erase: an atom taken out where it fires
-# --------------------------------------------------------------------------------------------------
-def erase(cell: Cell, args):
+# ---- erase: an atom taken out where it fires -----------------------------------------------------
+def erase(cell: Cell, corpus: Corpus, args):
     """Erasing on one cell: figures of all firings and of each atom, and a row per firing."""
-    if cell.sae.cfg["source"] != "write":
-        raise InputError("erase takes an SAE on writes, this one codes states; leave --source out")
-    cosine_min = cell.sae.cfg["cosine_min"] if args.cosine_min is None else args.cosine_min
-    positions = range(POSITIONS.start, POSITIONS.stop, 4 if args.quick else 1)
-    table = writesae.erasure(
-        cell.model,
-        cell.sae,
-        cell.passages.tokens,
-        cell.layer,
-        cell.head,
-        positions,
-        cell.passages.file,
-        cell.rng,
-        cosine_min,
-        5 if args.quick else 20,
-        progress("erase"),
-    )
+    cell = cell._replace(positions=EVERYWHERE[:: 4 if args.quick else 1])
+    table = writesae.erasure(cell, 5 if args.quick else 20)
     figures, atoms = writesae.erasure_figures(table, cell.rng), []
     for atom in table["index"].unique().tolist():
         part = some_rows(table, table["index"] == atom)
         token = part["promoted"][0].item()
-        atoms.append(
-            dict(atom=atom, token=token, text=cell.tokenizer.decode([token]))
-            | writesae.erasure_figures(part, cell.rng)
-        )
-    return figures | dict(atoms=sorted(atoms, key=lambda a: -a["n_firings"])), table
+        name = dict(atom=atom, token=token, text=corpus.tokenizer.decode([token]))
+        atoms.append(name | writesae.erasure_figures(part, cell.rng))
+    return figures | dict(atoms=sorted(atoms, key=most_used)), table
+
+
+def most_used(figures: dict) -> int:
+    """Sorts by the number of firings, the largest first."""
+    return -figures["n_firings"]
 
 
 def erase_rows(results: list[dict]) -> list[dict]:
     """A row for all firings, then one per atom."""
     (r,) = results
-    rows = [r | dict(what="{model} L{layer}H{head}".format(**r))]
+    rows = [r | dict(what=cell_title(r))]
     return rows + [a | dict(what=f"  {a['atom']:5} {a['text'][:14]!r}") for a in r["atoms"]]
 
 
@@ -1204,114 +936,76 @@ ERASE_COLUMNS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# atoms: what they stand for
-# --------------------------------------------------------------------------------------------------
-def atoms(cell: Cell, args):
+# ---- atoms: what they stand for ------------------------------------------------------------------
+def atoms(cell: Cell, corpus: Corpus, args):
     """The most used atoms of a cell, each with its tokens and contexts, and the population's
     figures."""
-    sae, tokens, passages = cell.sae, cell.passages.tokens, cell.passages
-    table = writesae.codes(cell.model, sae, tokens, cell.layer, cell.head, progress("codes"))
-    cosine_min = sae.cfg["cosine_min"]
-    population = writesae.population_figures(table, cosine_min)
-    usable = (table["position"] >= POSITIONS[0]) & (table["position"] <= POSITIONS[-1])
-    fires = (table["a"] > 0) & (table["cosine"] >= cosine_min) & usable
-    uses = torch.bincount(table["index"][fires], minlength=sae.n_atoms)
-    chosen = (
-        [args.atom]
-        if args.atom is not None
-        else uses.topk(4 if args.quick else 12).indices.tolist()
-    )
-    if args.atom is not None and not 0 <= args.atom < sae.n_atoms:
-        raise InputError(f"--atom {args.atom}: this SAE has atoms 0 to {sae.n_atoms - 1}")
-    described = []
-    for atom in chosen:
-        rows = (fires & (table["index"] == atom)).nonzero()[:, 0]
-        if len(rows):
-            described.append(describe(cell, table, rows) | dict(atom=atom))
-    if not described:
-        raise InputError("no atom fires in this text: take more --passages, or another --atom")
-    bits = writesae.passage_test(
-        cell.model,
-        sae,
-        tokens[: len(tokens) // 4 + 1],
-        cell.layer,
-        cell.head,
-        range(POSITIONS[0], PASSAGE - 1),
-        cosine_min,
-        cell.rng,
-        progress("passages"),
-    )
-    bits = {key: x.double().mean().item() for key, x in bits.items()}
-    described[0] |= dict(population=population, passage_test=bits, n_passages=len(passages.tokens))
+    cell, n = cell._replace(positions=EVERYWHERE), cell.sae.n_atoms
+    require(args.atom is None or args.atom < n, f"--atom {args.atom}: allowed are 0 to {n - 1}")
+    table = writesae.codes(cell)
+    at, described = writesae.firings(cell, table), []
+    uses = torch.bincount(at["index"], minlength=n)
+    chosen = uses.topk(min(n, 4 if args.quick else 12)).indices.tolist()
+    for atom in chosen if args.atom is None else [args.atom]:
+        here = some_rows(at, at["index"] == atom)
+        require(len(here["index"]) > 0, f"atom {atom} never fires in this text: more --passages?")
+        described.append(dict(atom=atom) | describe(cell, corpus, here))
+    population = writesae.population_figures(table, cell.sae.cfg["cosine_min"])
+    quarter = cell.tokens[: len(cell.tokens) // 4 + 1]
+    positions = range(EVERYWHERE.start, PASSAGE - 1)
+    bits = writesae.passage_test(cell._replace(tokens=quarter, positions=positions))
+    described[0] |= dict(population=population, n_passages=len(cell.tokens))
+    described[0]["passage_test"] = {key: mean(x) for key, x in bits.items()}
     return described, table
 
 
-def describe(cell: Cell, table: Table, rows: Tensor) -> dict:
-    """One atom, by the rows of `codes` where it fires: its figures, the tokens that lose most if it
-    is taken out, and five contexts from different files."""
-    spread = torch.linspace(0, len(rows) - 1, min(40, len(rows))).long()
-    at = {name: x[rows[spread]] for name, x in table.items()}
-    change = writesae.taken_out(
-        cell.model, cell.sae, cell.passages.tokens, cell.layer, cell.head, at
-    )
-    promoted = change.mean(0).topk(5, largest=False)
-    decode = cell.tokenizer.decode
-    contexts, seen = [], set()
-    for passage, position in zip(table["passage"][rows].tolist(), table["position"][rows].tolist()):
-        file = int(cell.passages.file[passage])
-        if file not in seen and len(contexts) < 5:
-            seen.add(file)
-            ids = cell.passages.tokens[passage].tolist()
-            contexts.append(
-                decode(ids[max(0, position - 12) : position])
-                + "⟦"
-                + decode([ids[position]])
-                + "⟧"
-                + decode(ids[position + 1 : position + 7])
-            )
-    counts = table["token"][rows].bincount()
+def describe(cell: Cell, corpus: Corpus, at: Table) -> dict:
+    """One atom, by its firings: its figures, the tokens that lose most if it is taken out, and five
+    contexts from different files."""
+    spread = torch.linspace(0, len(at["index"]) - 1, min(40, len(at["index"]))).long()
+    some = some_rows(at, spread)
+    lost = writesae.taken_out(cell, some, writesae.atoms_at(cell, some)).mean(0)
+    promoted = lost.topk(5, largest=False)
+    decode, contexts = corpus.tokenizer.decode, {}
+    for passage, t in zip(at["passage"].tolist(), at["position"].tolist()):
+        ids = cell.tokens[passage].tolist()
+        marked = f"{decode(ids[max(0, t - 12) : t])}⟦{decode([ids[t]])}⟧{decode(ids[t + 1 : t + 7])}"
+        contexts.setdefault(int(cell.file[passage]), marked)  # the first of each file
+    counts = at["token"].bincount()
     return dict(
-        n_firings=len(rows),
-        cosine=table["cosine"][rows].mean().item(),
+        n_firings=len(at["index"]),
+        cosine=mean(at["cosine"]),
         token=decode([counts.argmax().item()]),
-        token_purity=(counts.max() / len(rows)).item(),
+        token_purity=(counts.max() / counts.sum()).item(),
         promoted=[decode([token]) for token in promoted.indices.tolist()],
         promoted_nats=promoted.values.tolist(),
-        contexts=contexts,
+        contexts=list(contexts.values())[:5],
     )
 
 
 def atoms_rows(results: list[dict]) -> list[dict]:
     """A row per atom, then its contexts; the population before them."""
     head = results[0]
-    population, bits = head["population"], head["passage_test"]
-    groups = population["groups"]
-    print("""
-{model} L{layer}H{head}: {n_firings:,} firings of {n_atoms:,} atoms in {n_passages} passages. Atoms
-with five firings or more hold {often_share:.0%} of them; {token_purity:.0%} of an atom's are on
-one token.
-""".format(**head | population).strip())
-    print(
-        "cosine with the writes, two Gaussians: {0[0]} atoms at {1[0]:.2f} ± {2[0]:.2f}, "
-        "{0[1]} at {1[1]:.2f} ± "
-        "{2[1]:.2f}; ΔBIC {3:+.0f}".format(
-            groups["n"], groups["mean"], groups["deviation"], groups["delta_bic"]
-        )
-    )
-    print(
-        "all firings of a passage at once ({firings:.0f} of them), bits per token: unmodified "
-        "{bits_native:.3f}, their atoms {bits_atom:.3f}, deleted {bits_delete:.3f}, random writes "
-        "{bits_random:.3f}".format(**bits)
-    )
+    print(POPULATION.format(**head | head["population"] | head["passage_test"]))
     rows = []
     for r in results:
-        promoted = "  ".join(map(repr, r["promoted"]))
-        rows.append(r | dict(promotes=promoted, on=repr(r["token"])))
+        promotes = "  ".join(map(repr, r["promoted"]))
+        rows.append(r | dict(promotes=promotes, on=repr(r["token"])))
         rows += [dict(promotes="    " + repr(context)) for context in r["contexts"]]
     return rows
 
 
+POPULATION = """\
+{model} L{layer}H{head}: {n_firings:,} firings of {n_atoms:,} atoms in {n_passages} passages. Atoms
+with five firings or more hold {often_share:.0%} of them; {token_purity:.0%} of an atom's are on one
+token.
+cosine with the writes, two Gaussians: {groups[n][0]} atoms at {groups[mean][0]:.2f} ±
+{groups[deviation][0]:.2f}, {groups[n][1]} at {groups[mean][1]:.2f} ± {groups[deviation][1]:.2f};
+ΔBIC {groups[delta_bic]:+.0f} (negative: two are better than one)
+all firings of a passage at once ({firings:.0f} of them), bits per token: unmodified
+{bits_native:.3f}, their atoms {bits_atom:.3f}, deleted {bits_delete:.3f}, random writes
+{bits_random:.3f}
+"""
 ATOMS_LEGEND = """\
 Atoms: what they stand for, most used first. n: firings.  cosine: of the atom with the writes it
 stands for.  on: the token at which it fires most, and its share.  Then the tokens whose
@@ -1333,27 +1027,17 @@ def draw_atoms(results: list[dict], tables: list[Table]):
     figure, (axis,) = panels(1, 6.5)
     for model, table, colour in zip(dict.fromkeys(r["model"] for r in results), tables, COLOURS):
         fires = (table["a"] > 0) & (table["cosine"] >= COSINE_MIN)
-        atom, token = table["index"][fires], table["token"][fires]
-        pairs, n = torch.stack([atom, token]).unique(dim=1, return_counts=True)
-        uses = torch.bincount(atom)
-        most = torch.zeros(len(uses)).scatter_reduce_(0, pairs[0], n.float(), "amax")
-        often = uses >= 5
-        share = (most[often] / uses[often]).sort().values
+        _, uses, share = writesae.token_shares(some_rows(table, fires))
+        share = share[uses >= 5].sort().values
         below = torch.arange(1, len(share) + 1) / len(share)
         axis.plot(share, below, color=colour, label=f"{model}: {len(share):,} atoms")
-    axis.set(
-        xlim=(0, 1.01),
-        ylim=(0, 1.01),
-        xlabel="share of an atom's firings on its most frequent token",
-        ylabel="share of atoms below",
-    )
+    axis.set(xlim=(0, 1.01), ylim=(0, 1.01), ylabel="share of atoms below")
+    axis.set_xlabel("share of an atom's firings on its most frequent token")
     axis.legend()
     return figure
 
 
-# --------------------------------------------------------------------------------------------------
-# compare: dictionaries side by side, in the same branches
-# --------------------------------------------------------------------------------------------------
+# ---- compare: dictionaries side by side, in the same branches ------------------------------------
 COMPARED_SAMPLE = 50_000  # writes a step of the alternating updates: a third of `train`'s
 COMPARED = dict(sizes=(256, 1024, 2048, 4096, 16384), active=(1, 2, 4, 8, 32), seeds=(0, 1, 2))
 VARIANTS = {  # the paper's five, and rank 2; then sparsity rules
@@ -1372,124 +1056,97 @@ class Entry(NamedTuple):
     """One dictionary of a comparison."""
 
     sae: WriteSAE
-    trained: bool
+    trained: bool = False
     seconds: float = 0.0
+
+    def again(self, **changes) -> Entry:
+        """The same weights under another cfg."""
+        sae = WriteSAE(**self.sae.cfg | changes).to(self.sae.to_k.device)
+        sae.load_state_dict(self.sae.state_dict())
+        return self._replace(sae=sae.requires_grad_(False))
 
 
 def compared_sae(cell: Cell, settings: dict, X: Factored, args, **how) -> Entry:
-    """A dictionary of these settings, trained on X (gradients if `how` has them), with the time
-    taken."""
+    """A dictionary of these settings, trained on X (by gradients if `how` is given), in the cell's
+    metric if the settings ask for it, with the time taken."""
     began, rng = time.time(), torch.Generator().manual_seed(settings["seed"])
     sae = new_sae(cell.model, cell.layer, cell.head, settings)
     if settings["metric"] == "read":
         sae.to_k.copy_(cell.sae.to_k)
         sae.to_v.copy_(cell.sae.to_v)
     if how:
-        writesae.fit_gradient(sae, X, rng, progress=progress("train"), **how)
+        writesae.fit_gradient(sae, X, rng, progress=progress, **how)
         sae.requires_grad_(False)
     else:
-        fit(sae, X, rng, args.quick, sample=COMPARED_SAMPLE)
+        fit(sae, X, rng, args.quick, None, COMPARED_SAMPLE)
     return Entry(sae, True, time.time() - began)
 
 
-def compare_entries(cell: Cell, X: Factored, args) -> dict[str, Entry]:
+def compare_entries(cell: Cell, corpus: Corpus, X: Factored, args) -> dict[str, Entry]:
     """The dictionaries of one comparison, by name."""
     settings = dict(source="write") | SAE_DEFAULTS["write"] | dict(atoms=2048, seed=args.seed)
     k, v, entries = X.keys[:, 0], X.values[:, 0], {}
 
-    def null(sae: WriteSAE, seed: int = 100) -> Entry:
-        return Entry(writesae.untrained(sae, k, v, torch.Generator().manual_seed(seed)), False)
+    def null(entry: Entry, seed: int = 100) -> Entry:
+        return Entry(writesae.untrained(entry.sae, k, v, torch.Generator().manual_seed(seed)))
 
     if args.what == "sizes":
         for n in COMPARED["sizes"][:3] if args.quick else COMPARED["sizes"]:
             entries[f"{n}"] = compared_sae(cell, settings | dict(atoms=n), X, args)
-            entries[f"{n} untrained"] = null(entries[f"{n}"].sae)
+            entries[f"{n} untrained"] = null(entries[f"{n}"])
     elif args.what == "active":
         one = compared_sae(cell, settings, X, args)
-        for active in COMPARED["active"]:
-            several = as_pursuit(one.sae, active)
-            entries[f"{active}"] = one._replace(sae=several)
-            entries[f"{active} untrained"] = Entry(as_pursuit(null(one.sae).sae, active), False)
+        for n in COMPARED["active"]:
+            entries[f"{n}"] = one.again(active=n, sparsity="pursuit")
+            entries[f"{n} untrained"] = null(one).again(active=n, sparsity="pursuit")
     elif args.what == "seeds":
         for seed in COMPARED["seeds"]:
             entries[f"seed {seed}"] = compared_sae(cell, settings | dict(seed=seed), X, args)
         for seed in (100, 101):
-            entries[f"untrained {seed - 99}"] = null(entries["seed 0"].sae, seed)
+            entries[f"untrained {seed - 99}"] = null(entries["seed 0"], seed)
     else:
-        entries = variants(cell, settings, X, args)
-        entries["untrained"] = null(entries["alternating"].sae)
+        entries["alternating"] = compared_sae(cell, settings, X, args)
+        entries |= variants(cell, corpus, settings, X, args)
+        entries["untrained"] = null(entries["alternating"])
     return entries
 
 
-def as_pursuit(sae: WriteSAE, active: int) -> WriteSAE:
-    """The same atoms, `active` of them chosen one after the other (matching pursuit)."""
-    several = WriteSAE(**sae.cfg | dict(active=active, sparsity="pursuit")).to(sae.to_k.device)
-    several.load_state_dict(sae.state_dict())
-    return several.requires_grad_(False)
-
-
-def variants(cell: Cell, settings: dict, X: Factored, args) -> dict[str, Entry]:
+def variants(cell: Cell, corpus: Corpus, settings: dict, X: Factored, args) -> dict[str, Entry]:
     """The paper's variants on writes (one active) and on states (32), one training budget for all:
-    the same number of steps of the same batch. Then the paper's own recipe, on states."""
+    the same number of steps of the same batch. Then the paper's own recipe, on states, and the two
+    bilinear ones with their atoms at least-squares size."""
     budget = dict(steps=30, batch=128) if args.quick else dict(steps=800, batch=512)
-    entries = {"alternating": compared_sae(cell, settings, X, args)}
-    tokens = training_windows(
-        cell.tokenizer, cell.training, 10 if args.quick else 300, CONTEXT, cell.model.device
-    )
+    tokens = corpus.windows(10 if args.quick else 300, CONTEXT)
     (states,) = writesae.collect(cell.model, tokens, cell.layer, [cell.head], "state")
     on_states = settings | dict(source="state", metric="frobenius", active=32)
+    entries = {}
     for name, change in VARIANTS.items():
         entries[name] = compared_sae(cell, settings | change, X, args, **budget)
         entries[name + ", states"] = compared_sae(cell, on_states | change, states, args, **budget)
     recipe = on_states | dict(encoder="bilinear", centred=True)
-    steps = 30 if args.quick else min(2000, 20 * len(states.keys) // 256)
-    entry = compared_sae(
-        cell,
-        recipe,
-        states,
-        args,
-        steps=steps,
-        batch=256,
-        lr=3e-4,
-        k_aux=256,
-        dead_after=100 * 256,
-        resample_every=250,
-    )
+    steps = 30 if args.quick else min(2000, 20 * len(states.keys) // 256)  # 20 epochs
+    how = dict(steps=steps, batch=256, lr=3e-4, k_aux=256, dead_after=100 * 256)
+    entry = compared_sae(cell, recipe, states, args, resample_every=250, **how)
     entries["the paper's recipe"] = entry
     for name in ("the paper's recipe", "BilinearSAE, states"):
-        sized = WriteSAE(**entries[name].sae.cfg | dict(scale="least-squares"))
-        sized.load_state_dict(entries[name].sae.state_dict())
-        entries[name + ", own size"] = entries[name]._replace(sae=sized.requires_grad_(False))
+        entries[name + ", own size"] = entries[name].again(scale="least-squares")
     return entries
 
 
-def compare(cell: Cell, args):
+def compare(cell: Cell, corpus: Corpus, args):
     """Rows of one comparison, all from the same branches of the same positions."""
-    n = 60 if args.quick else 600
-    tokens = training_windows(cell.tokenizer, cell.training, n, CONTEXT, cell.model.device)
-    (X,) = writesae.collect(
-        cell.model, tokens, cell.layer, [cell.head], progress=progress("writes")
-    )
+    tokens = corpus.windows(60 if args.quick else 600, CONTEXT)
+    (X,) = writesae.collect(cell.model, tokens, cell.layer, [cell.head], progress=progress)
     base = new_sae(cell.model, cell.layer, cell.head, sae_settings(args) | dict(atoms=1))
-    writesae.set_metric(base, *cell_metric(cell, args.quick))
-    cell = cell._replace(sae=base)
-    entries = compare_entries(cell, X, args)
-    whole = args.what == "active"
-    table = writesae.replacement(
-        cell.model,
-        {name: entry.sae for name, entry in entries.items()},
-        cell.passages.tokens,
-        cell.layer,
-        cell.head,
-        POSITIONS[:: 8 if args.quick else 2],
-        cell.rng,
-        whole,
-        progress("compare"),
-    )
-    table["file"] = cell.passages.file[table["passage"]]
+    writesae.set_metric(base, *cell_metric(cell, corpus, args.quick))
+    cell = cell._replace(sae=base, positions=POSITIONS[:: 8 if args.quick else 2])
+    entries = compare_entries(cell, corpus, X, args)
+    dictionaries = {name: entry.sae for name, entry in entries.items()}
+    table = writesae.replacement(cell, dictionaries, whole=args.what == "active")
     rows = [compared_row(args.what, name, entry, table, X) for name, entry in entries.items()]
     if args.what == "seeds":
-        found_again(rows, [entry.sae for entry in entries.values()])
+        for trained in (True, False):
+            found_again([row for row in rows if row["trained"] == trained], dictionaries)
     return rows, table
 
 
@@ -1497,48 +1154,28 @@ def compared_row(what: str, name: str, entry: Entry, table: Table, X: Factored) 
     """One dictionary's figures, with the contract's keys."""
     sae, figures = entry.sae, writesae.dictionary_figures(table, name, COSINE_MIN)
     null, delete = writesae.effect(table, "projected"), writesae.effect(table, "delete")
-    control = null.isfinite()
-    sample = X.rows(slice(None, None, max(1, len(X.keys) // 4000)))
-    fvu = math.nan
+    sample, fvu = X.rows(slice(None, None, max(1, len(X.keys) // 4000))), math.nan
     if sae.cfg["source"] == "write":
-        left = sample.minus(sae.decode(*sae.encode(sample)))
-        left, whole = sae.see(left), sae.see(sample)
-        fvu = (writesae.inner(left, left) / writesae.inner(whole, whole)).mean().item()
+        left, whole = sae.see(sample.minus(sae.decode(*sae.encode(sample)))), sae.see(sample)
+        fvu = mean(writesae.inner(left, left) / writesae.inner(whole, whole))
     used = len(table["index_" + name][table["a_" + name] > 0].unique())
-    return dict(
-        what=what,
-        name=name,
-        encoder=sae.cfg["encoder"],
-        decoder=sae.cfg["decoder"],
-        sparsity=sae.sparsity,
-        source=sae.cfg["source"],
-        n_atoms=sae.n_atoms,
-        active=sae.active,
-        trained=entry.trained,
-        parameters=sum(p.numel() for p in sae.parameters()),
-        fvu=fvu,
-        dead=1 - used / min(sae.n_atoms, len(table["passage"])),
-        **figures,
-        projected_win_rate=(null < delete)[control].double().mean().item(),
-        kl_all=writesae.effect(table, name).mean().item(),
-        seconds=round(entry.seconds, 1),
-    )
+    row = dict(what=what, name=name, trained=entry.trained)
+    row |= {key: sae.cfg[key] for key in ("encoder", "decoder", "sparsity", "source", "n_atoms")}
+    row |= dict(active=sae.active, parameters=sum(p.numel() for p in sae.parameters()), fvu=fvu)
+    row |= dict(dead=1 - used / min(sae.n_atoms, len(delete))) | figures
+    row["projected_win_rate"] = mean((null < delete)[null.isfinite()])
+    row["kl_all"] = mean(writesae.effect(table, name))
+    return row | dict(seconds=round(entry.seconds, 1))
 
 
-def found_again(rows: list[dict], saes: list[WriteSAE]):
-    """Add to each row the share of its atoms that the next dictionary of its kind has too (cosine
-    at least 0.9 in the SAE's coordinates)."""
-    groups = [[i for i, row in enumerate(rows) if row["trained"] == kind] for kind in (True, False)]
-    for group in groups:
-        for i, j in zip(group, group[1:] + group[:1]):
-            A = saes[i].atoms.at(torch.arange(saes[i].n_atoms))
-            nearest = torch.cat(
-                [
-                    saes[j].atoms.products(A.rows(part)).amax(1)
-                    for part in torch.arange(saes[i].n_atoms).split(512)
-                ]
-            )
-            rows[i]["found_again"] = (nearest >= 0.9).double().mean().item()
+def found_again(rows: list[dict], dictionaries: dict[str, WriteSAE]):
+    """Add to each row the share of its atoms that the next row's dictionary has too (cosine at
+    least 0.9 in the SAE's coordinates)."""
+    for row, other in zip(rows, rows[1:] + rows[:1]):
+        ours, theirs = (dictionaries[r["name"]].atoms for r in (row, other))
+        parts = torch.arange(len(ours.values)).split(512)
+        nearest = torch.cat([theirs.products(ours.at(part)).amax(1) for part in parts])
+        row["found_again"] = mean(nearest >= 0.9)
 
 
 COMPARE_LEGEND = """\
@@ -1570,24 +1207,18 @@ def draw_compare(results: list[dict], tables: list[Table]):
     """Recovered share of all effects, and coverage, against the number of atoms (or of active
     ones)."""
     figure, axes = panels(2)
-    key = "active" if results[0]["what"] == "active" else "n_atoms"
-    value = "whole_recovered_all" if key == "active" else "recovered_pooled_all"
+    key, value = "n_atoms", "recovered_pooled_all"
+    if results[0]["what"] == "active":
+        key, value = "active", "whole_recovered_all"
     for colour, model in zip(COLOURS, dict.fromkeys(r["model"] for r in results)):
-        for trained, line in ((True, "-"), (False, ":")):
+        for trained, line in ((True, "o-"), (False, "o:")):
             rows = [r for r in results if r["model"] == model and r["trained"] == trained]
-            label = model if trained else model + ", untrained"
             for axis, what in zip(axes, (value, "coverage")):
-                axis.plot(
-                    [r[key] for r in rows],
-                    [r[what] for r in rows],
-                    line,
-                    marker="o",
-                    color=colour,
-                    markersize=4,
-                    label=label,
-                )
+                x, y = [r[key] for r in rows], [r[what] for r in rows]
+                label = model if trained else model + ", untrained"
+                axis.plot(x, y, line, color=colour, markersize=4, label=label)
     for axis, title in zip(axes, ("recovered, all positions", "coverage")):
-        axis.set(xscale="log", xlabel="active atoms" if key == "active" else "atoms", title=title)
+        axis.set(xscale="log", xlabel=key.replace("n_", "").replace("ve", "ve atoms"), title=title)
     axes[0].legend(fontsize=8)
     return figure
 
@@ -2016,36 +1647,30 @@ def picture(args) -> int:
     return 0
 
 
-# --------------------------------------------------------------------------------------------------
-# train: SAEs of cells
-# --------------------------------------------------------------------------------------------------
+# ---- train: SAEs of cells ------------------------------------------------------------------------
 def train(args) -> int:
     """Train the SAEs of the chosen cells and save each; those that are there already are left, so
     that a run that was stopped goes on where it was."""
     training, _ = choose_text(args)
     jobs = []
     for name in args.models:
-        model = open_model(name, args)
-        cells = chosen_cells(model, args)
-        jobs += [
-            (name, layer, [head for i, head in cells if i == layer])
-            for layer in sorted({layer for layer, _ in cells})
-        ]
+        cells = chosen_cells(open_model(name, args), args)
+        for layer in sorted({layer for layer, _ in cells}):
+            jobs.append((name, layer, [head for i, head in cells if i == layer]))
     for name, layer, heads in shared_out(jobs):
         model = open_model(name, args)
-        cell = Cell(model, layer, heads[0], models.load_tokenizer(model), None, training, None)
         paths = {head: args.sae or sae_file(model, layer, head, args) for head in heads}
-        there = [head for head in heads if os.path.exists(paths[head]) and not args.force]
-        for head in there:
+        missing = [head for head in heads if args.force or not os.path.exists(paths[head])]
+        for head in set(heads) - set(missing):
+            way_out = "--force writes over it, --sae FILE names another"
+            require(len(heads) > 1, f"{paths[head]} exists; {way_out}")
             say(f"{paths[head]} exists and is left as it is; --force trains it again")
-        if there and len(heads) == 1:
-            raise InputError(
-                f"{paths[heads[0]]} exists; --force writes over it, --sae FILE names another"
-            )
-        missing = [head for head in heads if head not in there]
-        for head, sae in zip(missing, train_saes(cell, missing, args) if missing else []):
-            sae.save(paths[head])
-            print(paths[head])
+        if missing:
+            corpus = Corpus(models.load_tokenizer(model), training, model.device)
+            cell = Cell(model, layer, heads[0], torch.empty(0), [], progress=progress)
+            for head, sae in zip(missing, train_saes(cell, corpus, missing, args)):
+                sae.save(paths[head])
+                print(paths[head])
     return 0
 
 
@@ -2316,9 +1941,7 @@ class TrainingRun(NamedTuple):
         return saved["step"]
 
 
-# --------------------------------------------------------------------------------------------------
-# The command line
-# --------------------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as one line and no abbreviations."""
 
@@ -2348,178 +1971,130 @@ def finite(text: str) -> float:
     return x
 
 
-def add_common(p: Parser):
-    """What every command takes."""
-    p.add_argument(
-        "--model",
-        help="gdn, mamba2, rwkv7 (default: all three), a folder, or a hub id such as "
-        "Qwen/Qwen3.5-0.8B",
-    )
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
-        "--quick", action="store_true", help="the same code on a small sample, in seconds"
-    )
-    p.add_argument(
-        "--train-text",
+OPTIONS = {  # each option once; the commands below name those that they take
+    "model": dict(help="gdn, mamba2, rwkv7 (default: all three), a folder, or a hub id"),
+    "device": dict(default="auto", help="auto, cpu, cuda, ..."),
+    "seed": dict(type=int, default=0),
+    "quick": dict(action="store_true", help="the same code on a small sample, in seconds"),
+    "train-text": dict(
         metavar="FILE|FOLDER",
-        help="train on this text, not Python's own; of a "
-        "folder one file in ten is held out for the test",
-    )
-    p.set_defaults(
-        text=None,
-        source="write",
-        sae=None,
-        saes=None,
-        layer=None,
-        head="0",
-        dtype="fp32",
-        steps=None,
-        atoms=None,
-        cosine_min=None,
-        passages=None,
-        json=None,
-        records=None,
-        plot=None,
-        markdown=None,
-    )
-
-
-def add_cell(p: Parser, all_of_them: bool = True):
-    """Which cell of the model."""
-    also = ", or all" if all_of_them else ""
-    p.add_argument(
-        "--layer", help=f"a recurrent layer, from 0{also} (default: the second recurrent one)"
-    )
-    p.add_argument("--head", default="0", help=f"a head, from 0{also} (default 0)")
-    p.add_argument(
-        "--dtype",
-        default="fp32",
-        choices=["fp32", "bf16"],
-        help="of the weights; recurrence and KL are fp32 always",
-    )
-
-
-def add_test(p: Parser):
-    """What is tested, and where results go."""
-    p.add_argument("--text", metavar="FILE|FOLDER", help="test on this text, not the held-out one")
-    p.add_argument("--passages", type=positive, help="number of test passages or prompts")
-    p.add_argument("--json", metavar="FILE", help="write the results there")
-    p.add_argument("--records", metavar="FILE", help="write one JSON line per tested thing there")
-    p.add_argument("--plot", metavar="FILE.png", help="draw the picture there")
-    p.add_argument(
-        "--markdown", metavar="FILE.md", help="write the table there, in its own section"
-    )
-
-
-def add_sae(p: Parser):
-    """Which SAE."""
-    p.add_argument("--sae", metavar="FILE", help="this SAE instead of the one beside the model")
-    p.add_argument(
-        "--saes", metavar="FOLDER", help="look for SAEs, and keep new ones, in this folder"
-    )
-    p.add_argument("--atoms", type=positive, help="an SAE of this many atoms")
-    p.add_argument(
-        "--source",
-        default="write",
-        choices=list(SAE_DEFAULTS),
-        help="what the SAE codes (state: as in the paper)",
-    )
-    p.add_argument(
-        "--cosine-min", type=finite, help=f"least cosine of a firing (default {COSINE_MIN})"
-    )
-
-
-def add_settings(p: Parser):
-    """How an SAE is made; what is not said is the default of its source (SAE_DEFAULTS)."""
-    p.add_argument("--active", type=positive, help="active atoms per input")
-    p.add_argument("--encoder", choices=list(writesae.ENCODERS))
-    p.add_argument("--decoder", choices=list(writesae.DECODERS))
-    p.add_argument("--sparsity", choices=[s for s in writesae.SPARSITIES if s != "pursuit"])
-    p.add_argument("--metric", choices=["read", "frobenius"], help="what near means")
-    p.add_argument("--steps", type=positive, help="training steps")
-    p.add_argument("--force", action="store_true", help="write over an SAE that is there")
+        help="train on this text, not Python's own; of a folder one file in ten is held out",
+    ),
+    "layer": dict(help="a recurrent layer, from 0, or all (default: the second recurrent one)"),
+    "head": dict(default="0", help="a head, from 0, or all (default 0)"),
+    "dtype": dict(
+        default="fp32", choices=["fp32", "bf16"], help="of the weights; recurrence and KL are fp32"
+    ),
+    "text": dict(metavar="FILE|FOLDER", help="test on this text, not the held-out one"),
+    "passages": dict(type=positive, help="number of test passages or prompts"),
+    "json": dict(metavar="FILE", help="write the results there"),
+    "records": dict(metavar="FILE", help="write one JSON line per tested thing there"),
+    "plot": dict(metavar="FILE.png", help="draw the picture there"),
+    "markdown": dict(metavar="FILE.md", help="write the table there, in its own section"),
+    "sae": dict(metavar="FILE", help="this SAE instead of the one beside the model"),
+    "saes": dict(
+        metavar="FOLDER|HUB_ID", help="look for SAEs, and keep new ones, there, not by the model"
+    ),
+    "atoms": dict(type=positive, help="an SAE of this many atoms"),
+    "source": dict(
+        default="write", choices=list(SAE_DEFAULTS), help="what is coded (state: as in the paper)"
+    ),
+    "cosine-min": dict(type=finite, help=f"least cosine of a firing (default {COSINE_MIN})"),
+    "active": dict(type=positive, help="active atoms per input"),
+    "encoder": dict(choices=list(writesae.ENCODERS)),
+    "decoder": dict(choices=list(writesae.DECODERS)),
+    "sparsity": dict(choices=list(writesae.SPARSITIES[:3])),
+    "metric": dict(choices=["read", "frobenius"], help="what near means"),
+    "steps": dict(type=positive, help="training steps"),
+    "force": dict(action="store_true", help="write over a file that is there"),
+    "key": dict(choices=writesae.KEY_SIDES, help="key side (default read)"),
+    "value": dict(choices=writesae.VALUE_SIDES, help="only this value side"),
+    "reach": dict(default="all", choices=["head", "layer", "all"], help="edited heads"),
+    "magnitude": dict(type=finite, default=3.0, help="each edit, in native writes"),
+    "smallest": dict(
+        action="store_true",
+        help="search the least budget after which targets persist (--passages 120)",
+    ),
+    "prompt": dict(metavar="TEXT", help="show one edit of this text, with --target"),
+    "target": dict(metavar="TOKEN", help="the token that is to appear after --prompt"),
+    "atom": dict(type=int, help="only this atom"),
+    "what": dict(default="sizes", choices=[*COMPARED, "variants"]),
+    "full-size": dict(action="store_true", help="also a random 752 M checkpoint"),
+    "tokens": dict(type=positive, default=8_192_000, help="training tokens in all"),
+    "out": dict(default=os.path.join(HERE, "checkpoints"), help="where the model's folder goes"),
+}
+COMMON = "model device seed quick train-text"
+CELL = COMMON + " layer head dtype"
+TEST = CELL + " text passages json records plot markdown"
+SAE = " sae saes atoms cosine-min"
+COMMANDS = {  # command -> its function, its options, an example
+    "replace": (run_experiment, TEST + SAE + " source", "--model gdn --layer all --head all"),
+    "formula": (run_experiment, TEST + SAE, "--model rwkv7 --quick"),
+    "steer": (
+        run_experiment,
+        TEST + " key value reach magnitude smallest prompt target",
+        "--model gdn --prompt 'def f(x):' --target ' yield'",
+    ),
+    "erase": (run_experiment, TEST + SAE, "--model mamba2"),
+    "atoms": (run_experiment, TEST + SAE + " atom", "--model gdn --atom 656"),
+    "compare": (run_experiment, TEST + " what", "--what sizes --plot sizes.png"),
+    "bench": (bench, COMMON + " dtype json markdown full-size", "--quick"),
+    "picture": (picture, "plot", "--plot figures/method.png"),
+    "train": (
+        train,
+        CELL + SAE + " source active encoder decoder sparsity metric steps force",
+        "--model rwkv7 --layer 2 --head all",
+    ),
+    "pretrain": (pretrain, COMMON + " tokens out force", "--model mamba2 --out /tmp/models"),
+}
 
 
 def make_parser() -> Parser:
-    """A subparser per command, each with only its own options."""
-    parser = Parser(
-        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """A subparser per command, each with only its own options; the others have their defaults."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="run.py", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=Parser
     )
-
-    def command(name: str, *groups, example: str = "") -> Parser:
+    for name, (_, options, example) in COMMANDS.items():
         p = commands.add_parser(name, epilog=f"example: python run.py {name} {example}")
-        for group in (add_common, *groups):
-            group(p)
-        return p
-
-    command("replace", add_cell, add_test, add_sae, example="--model gdn --layer all --head all")
-    command("formula", add_cell, add_test, add_sae, example="--model rwkv7 --quick")
-    p = command(
-        "steer", add_cell, add_test, example="--model gdn --prompt 'def f(x):' --target ' yield'"
-    )
-    add_steering(p)
-    command("erase", add_cell, add_test, add_sae, example="--model mamba2")
-    p = command("atoms", add_cell, add_test, add_sae, example="--model gdn --atom 656")
-    p.add_argument("--atom", type=int, help="only this atom")
-    p = command("compare", add_cell, add_test, example="--what sizes --plot sizes.png")
-    p.add_argument("--what", choices=[*COMPARED, "variants"], default="sizes")
-    p = command("bench", add_cell, example="--quick")
-    p.add_argument("--json", metavar="FILE", help="write the results there")
-    p.add_argument("--markdown", metavar="FILE.md", help="write the table there")
-    p.add_argument("--full-size", action="store_true", help="also a random 752 M checkpoint")
-    p = command("picture", example="--plot figures/method.png")
-    p.add_argument(
-        "--plot", metavar="FILE.png", default=os.path.join(HERE, "figures", "method.png")
-    )
-    command("train", add_cell, add_sae, add_settings, example="--model rwkv7 --layer 2 --head all")
-    p = command("pretrain", example="--model mamba2 --out /tmp/models")
-    p.add_argument("--tokens", type=positive, default=8_192_000, help="training tokens in all")
-    p.add_argument(
-        "--out", default=os.path.join(HERE, "checkpoints"), help="where the model's folder goes"
-    )
-    p.add_argument("--force", action="store_true", help="write over a model that is there")
+        for option, settings in OPTIONS.items():
+            if option in options.split():
+                p.add_argument("--" + option, **settings)
+            else:
+                p.set_defaults(**{option.replace("-", "_"): settings.get("default")})
     return parser
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line. Raises InputError for a wrong one."""
-    args = make_parser().parse_args(argv)
-    args.models = [args.model] if args.model else list(EMBEDDED)
     words = list(sys.argv[1:] if argv is None else argv)
+    args = make_parser().parse_args(words)
+    args.models = [args.model] if args.model else list(EMBEDDED)
     outputs = ("--json", "--plot", "--records", "--markdown")
-    kept = [
-        word
-        for before, word in zip(["", *words], words)
-        if word not in outputs and before not in outputs
-    ]
+    kept = [w for i, w in enumerate(words) if not {w, words[i - 1]} & set(outputs)]
     args.title = f"`python run.py {' '.join(kept)}`"  # of its section in a Markdown file
     for path in filter(None, (args.json, args.records, args.plot, args.markdown)):
-        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise InputError(f"{path}: cannot be written, its folder does not exist; make it first")
-    if args.command == "pretrain" and not set(args.models) <= set(EMBEDDED):
-        raise InputError(f"pretrain --model {args.model}: allowed are {', '.join(EMBEDDED)}")
-    if args.command == "steer" and "all" in (args.layer, args.head):
-        raise InputError("steer takes one cell; --reach layer and --reach all edit more than one")
-    if args.command == "steer" and args.smallest and args.passages is None:
-        args.passages = 24 if args.quick else 120
-    experiment = EXPERIMENTS.get(args.command)
-    if args.plot and experiment and experiment.draw is None:
-        raise InputError(f"{args.command} draws no picture; leave --plot out")
+        there = os.path.isdir(os.path.dirname(os.path.abspath(path)))
+        require(there, f"{path}: cannot be written, its folder does not exist; make it first")
+    if args.command == "pretrain":
+        known = set(args.models) <= set(EMBEDDED)
+        require(known, f"pretrain --model {args.model}: allowed are {', '.join(EMBEDDED)}")
+    if args.command == "steer":
+        one = "all" not in (args.layer, args.head)
+        require(one, "steer takes one cell; --reach layer and --reach all edit more than one")
+        if args.smallest and args.passages is None:
+            args.passages = 24 if args.quick else 120
+    drawn = args.command not in EXPERIMENTS or EXPERIMENTS[args.command].draw
+    require(drawn or not args.plot, f"{args.command} draws no picture; leave --plot out")
     return args
-
-
-COMMANDS = dict(bench=bench, picture=picture, train=train, pretrain=pretrain)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, or 2 after one line on stderr, or 130 after Ctrl-C."""
     try:
         args = parse(argv)
-        return COMMANDS.get(args.command, run_experiment)(args)
+        return COMMANDS[args.command][0](args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

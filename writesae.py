@@ -9,8 +9,8 @@ it can take a write's place in the model's memory:
     sae = WriteSAE(n_atoms=1024, K=32, V=32)
     fit_alternating(sae, k, v, rng)              # k [N, K], v [N, V]: any writes, no model needed
     null = untrained(sae, k, v, rng)             # the null: random writes as atoms, no training
-    table = replacement(model, sae, null, tokens, layer=1, head=0, positions=range(32, 96),
-    generator=rng)
+    cell = Cell(model, layer=1, head=0, tokens=tokens, positions=range(32, 96), rng=rng)
+    table = replacement(cell, dict(atom=sae, untrained=null))
 
 Words used throughout:
     write      k vᵀ, what one head adds to its state at one token
@@ -30,9 +30,10 @@ Reference: WriteSAE, arXiv 2605.12770 ("the paper"). States and writes are key f
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from typing import NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 import torch.nn as nn
@@ -40,24 +41,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import (
-    Cache,
-    Edit,
-    InputError,
-    LanguageModel,
-    StepInputs,
-    Stream,
-    at_least_fp32,
-    propagate,
-    recurrence_chunked,
-    save_then_rename,
-    states,
-)
+from models import Cache, Edit, InputError, LanguageModel, StepInputs, Stream, at_least_fp32
+from models import propagate, recurrence_chunked, require, save_then_rename, states
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. Matrices as factors
-# --------------------------------------------------------------------------------------------------
+# ---- 1. Matrices as factors ----------------------------------------------------------------------
 class Factored(NamedTuple):
     """A matrix X = Σ_r keys_r values_rᵀ, kept as its factors: r = 1 for a write, K for a state.
 
@@ -68,8 +56,7 @@ class Factored(NamedTuple):
     values: Tensor  # [..., r, V]
 
     def rows(self, index) -> Factored:
-        """Some of N matrices: keys [N, r, K] and values [N, r, V] at index (a slice or a
-        tensor)."""
+        """Some of N matrices, at index (a slice or a tensor)."""
         return Factored(self.keys[index], self.values[index])
 
     def times(self, a: Tensor) -> Factored:
@@ -106,8 +93,7 @@ def inner(X: Factored, Y: Factored) -> Tensor:
 
 
 def cosine(X: Factored, Y: Factored) -> Tensor:
-    """⟨X, Y⟩ / ‖X‖‖Y‖, 0 where one is zero. Its square is the share of Y's energy that X
-    explains."""
+    """⟨X, Y⟩ / ‖X‖‖Y‖, 0 where one is zero. Its square: the share of Y's energy that X explains."""
     norms = (inner(X, X) * inner(Y, Y)).sqrt()
     return inner(X, Y) / norms.clamp_min(1e-30)
 
@@ -120,26 +106,22 @@ def leading_pair(X: Factored) -> Factored:
     return write_of(U[..., 0], size[..., :1] * Vh[..., 0, :])
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. The sparse autoencoder
-# --------------------------------------------------------------------------------------------------
+# ---- 2. The sparse autoencoder -------------------------------------------------------------------
 class Bank(nn.Module):
     """n matrices, each Σ_r key_r value_rᵀ. Rank K means any matrix: the keys are the K unit
     vectors, and stay so."""
 
     def __init__(self, n: int, rank: int, K: int, V: int):
         super().__init__()
-        fixed = rank >= K
-        keys = torch.eye(K)[None] if fixed else torch.zeros(n, rank, K)
-        self.keys = nn.Parameter(keys, requires_grad=not fixed)  # [n, rank, K] or [1, K, K]
+        self.fixed = rank >= K
+        keys = torch.eye(K)[None] if self.fixed else torch.zeros(n, rank, K)
+        self.keys = nn.Parameter(keys, requires_grad=not self.fixed)  # [n, rank, K] or [1, K, K]
         self.values = nn.Parameter(torch.zeros(n, keys.shape[1], V))  # [n, rank, V]
-        self.fixed = fixed
 
     def at(self, index: Tensor) -> Factored:
         """The matrices at index [...]: keys [..., rank, K], values [..., rank, V]."""
-        if self.fixed:
-            return Factored(self.keys[0].expand(*index.shape, -1, -1), self.values[index])
-        return Factored(self.keys[index], self.values[index])
+        keys = self.keys.expand(len(self.values), -1, -1)
+        return Factored(keys[index], self.values[index])
 
     def products(self, X: Factored) -> Tensor:
         """⟨E_i, X⟩ of every X [N, r, ·] with every matrix E_i of the bank -> [N, n].
@@ -151,37 +133,33 @@ class Bank(nn.Module):
         matrices = self.keys.mT @ self.values  # [n, K, V]
         return X.matrix().flatten(1) @ matrices.flatten(1).T
 
-    @torch.no_grad()
-    def turn(self, to_k: Tensor, to_v: Tensor):
-        """Turn every matrix E into to_kᵀ E to_v, in place."""
+    def turned(self, to_k: Tensor, to_v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of to_kᵀ E to_v for every matrix E."""
         if self.fixed:
-            self.values.copy_(to_k.T @ self.values @ to_v)
-        else:
-            self.keys.copy_(self.keys @ to_k)
-            self.values.copy_(self.values @ to_v)
+            return self.keys, to_k.T @ self.values @ to_v
+        return self.keys @ to_k, self.values @ to_v
 
     @torch.no_grad()
     def normalise(self):
         """Bring every matrix to unit norm."""
-        all_of_them = self.at(torch.arange(len(self.values), device=self.values.device))
-        norm = inner(all_of_them, all_of_them).sqrt().clamp_min(1e-30)
-        self.values /= norm[:, None, None]
+        E = Factored(self.keys, self.values)
+        self.values /= inner(E, E).sqrt().clamp_min(1e-30)[:, None, None]
 
     @torch.no_grad()
     def put(self, which: Tensor, X: Factored):
         """Put the matrices X, one each, at the indices `which`: all of X where the rank allows it,
-        else its leading pair, beside which a second factor starts as a tenth of its neighbour's."""
+        else its leading pair, with sides of equal length. A second pair starts as a tenth of its
+        neighbour's."""
         if self.fixed:
             self.values[which] = X.matrix()
             return
         first = leading_pair(X)
         length = first.values.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         ratio = (first.keys.norm(dim=-1, keepdim=True) / length).clamp_min(1e-30).sqrt()
-        self.keys[which] = (first.keys / ratio).expand(-1, self.keys.shape[1], -1)  # sides of
-        self.values[which] = (first.values * ratio).expand(
-            -1, self.keys.shape[1], -1
-        )  # equal length
-        if self.keys.shape[1] == 2:
+        rank = self.keys.shape[1]
+        self.keys[which] = (first.keys / ratio).expand(-1, rank, -1)
+        self.values[which] = (first.values * ratio).expand(-1, rank, -1)
+        if rank == 2:
             self.keys[which, 1] = self.keys[which, 0].roll(1, 0)
             self.values[which, 1] = 0.1 * self.values[which, 0].roll(1, 0)
 
@@ -213,45 +191,27 @@ class WriteSAE(nn.Module):
     by to_k and values by to_v, and all coding and training happens there (`read_metric` says why).
     `encode` takes and `decode` gives matrices in the model's own coordinates.
 
-    cfg travels with the weights: the settings above, and what the caller adds (model, cell,
-    source). Raises InputError for an unknown setting or an impossible number of active atoms.
+    cfg travels with the weights: the settings, source (what is coded: "write" or "state"), the
+    least cosine of a firing, and what the caller adds (model, cell). Raises InputError for an
+    unknown setting or an impossible number of active atoms.
     """
 
-    def __init__(
-        self,
-        n_atoms: int,
-        K: int,
-        V: int,
-        active: int = 1,
-        encoder: str = "tied",
-        decoder: str = "rank1",
-        sparsity: str = "topk",
-        centred: bool = False,
-        **cfg,
-    ):
+    def __init__(self, n_atoms: int, K: int, V: int, active: int = 1, encoder: str = "tied",
+                 decoder: str = "rank1", sparsity: str = "topk", centred: bool = False,
+                 source: str = "write", cosine_min: float = 0.71, **cfg):  # fmt: skip
         super().__init__()
-        if encoder not in ENCODERS or decoder not in DECODERS or sparsity not in SPARSITIES:
-            raise InputError(
-                f"SAE {encoder}/{decoder}/{sparsity}: allowed are {', '.join(ENCODERS)} / "
-                f"{', '.join(DECODERS)} / {', '.join(SPARSITIES)}"
-            )
-        if not 1 <= active <= n_atoms:
-            raise InputError(f"{active} active atoms of {n_atoms}: allowed are 1 to {n_atoms}")
-        self.cfg = dict(
-            n_atoms=n_atoms,
-            K=K,
-            V=V,
-            active=active,
-            encoder=encoder,
-            decoder=decoder,
-            sparsity=sparsity,
-            centred=centred,
-            **cfg,
-        )
+        known = encoder in ENCODERS and decoder in DECODERS and sparsity in SPARSITIES
+        allowed = " / ".join(", ".join(names) for names in (ENCODERS, DECODERS, SPARSITIES))
+        require(known, f"SAE {encoder}/{decoder}/{sparsity}: allowed are {allowed}")
+        possible = 1 <= active <= n_atoms
+        require(possible, f"{active} active atoms of {n_atoms}: allowed are 1 to {n_atoms}")
+        self.cfg = dict(n_atoms=n_atoms, K=K, V=V, active=active, encoder=encoder, decoder=decoder,
+                        sparsity=sparsity, centred=centred, source=source, cosine_min=cosine_min,
+                        **cfg)  # fmt: skip
         self.n_atoms, self.active, self.sparsity = n_atoms, active, sparsity
         # simplification: batchtopk and jumprelu give an input at most four times `active` atoms
         self.most = active if sparsity in ("topk", "pursuit") else min(n_atoms, 4 * active)
-        rank = {"any": K, **{r: min(r, K) for r in (1, 2)}}
+        rank = {"any": K, 1: min(1, K), 2: min(2, K)}
         self.atoms = Bank(n_atoms, rank[DECODERS[decoder]], K, V)
         self.readers = self.atoms
         if encoder != "tied":
@@ -259,9 +219,9 @@ class WriteSAE(nn.Module):
         self.register_buffer("to_k", torch.eye(K))
         self.register_buffer("to_v", torch.eye(V))
         self.register_buffer("mean", torch.zeros(K, V) if centred else None)
-        learned = sparsity == "jumprelu"
         self.threshold = None
         if sparsity in ("batchtopk", "jumprelu"):
+            learned = sparsity == "jumprelu"
             self.threshold = nn.Parameter(torch.zeros(n_atoms), requires_grad=learned)
 
     def see(self, X: Factored) -> Factored:
@@ -307,8 +267,7 @@ class WriteSAE(nn.Module):
         return index, a * norm[:, None]
 
     def pursue(self, X: Factored) -> tuple[Tensor, Tensor]:
-        """Matching pursuit in the SAE's coordinates: index, a [N, active]; a falls from left to
-        right."""
+        """Matching pursuit in the SAE's coordinates: index, a [N, active], a falling."""
         chosen = []
         for _ in range(self.active):
             a, index = self.readers.products(X).relu().topk(1)
@@ -344,28 +303,14 @@ class WriteSAE(nn.Module):
         file."""
         from safetensors.torch import save_file
 
-        tensors = {"to_k": self.to_k, "to_v": self.to_v}
-        tensors |= {
-            name: x
-            for name, x in [("mean", self.mean), ("threshold", self.threshold)]
-            if x is not None
-        }
-        banks = {"atoms": self.atoms} | (
-            {} if self.readers is self.atoms else {"readers": self.readers}
-        )
-        for name, bank in banks.items():
-            copy = Bank(self.n_atoms, bank.keys.shape[1], *self.cfg_size())
-            copy.load_state_dict(bank.state_dict())
-            copy.turn(self.to_k.cpu().inverse(), self.to_v.cpu().inverse())
-            tensors |= {f"{name}.keys": copy.keys.half(), f"{name}.values": copy.values.half()}
+        tensors = {name: x for name, x in self.state_dict().items() if "." not in name}
+        back = self.to_k.inverse(), self.to_v.inverse()
+        for name in ("atoms",) if self.readers is self.atoms else ("atoms", "readers"):
+            keys, values = getattr(self, name).turned(*back)
+            tensors |= {f"{name}.keys": keys.half(), f"{name}.values": values.half()}
         tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        save_then_rename(
-            lambda file: save_file(tensors, file, metadata={"cfg": json.dumps(self.cfg)}), path
-        )
-
-    def cfg_size(self) -> tuple[int, int]:
-        """K and V."""
-        return self.cfg["K"], self.cfg["V"]
+        write = functools.partial(save_file, tensors, metadata={"cfg": json.dumps(self.cfg)})
+        save_then_rename(write, path)
 
     @classmethod
     def load(cls, path: str) -> WriteSAE:
@@ -378,20 +323,18 @@ class WriteSAE(nn.Module):
                 with torch.device("meta"):  # no memory before the shapes are known to fit
                     sae = cls(**json.loads(f.metadata()["cfg"]))
             if sae.readers is sae.atoms:
-                tensors |= {
-                    "readers." + name: tensors["atoms." + name] for name in ("keys", "values")
-                }
+                sides = ("keys", "values")
+                tensors |= {"readers." + side: tensors["atoms." + side] for side in sides}
             sae.load_state_dict(tensors, assign=True)
             if not all(x.isfinite().all() for x in tensors.values()):
                 raise ValueError("NaN or Inf in it")
             for bank in {sae.atoms, sae.readers}:
-                bank.turn(sae.to_k, sae.to_v)
+                bank.keys.data, bank.values.data = bank.turned(sae.to_k, sae.to_v)
             sae.atoms.normalise()
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{path} holds no WriteSAE ({str(error).splitlines()[0][:120]}); "
-                "train one: python run.py train --help"
-            ) from None
+            why = str(error).splitlines()[0][:120]
+            advice = "train one: python run.py train --help"
+            raise InputError(f"{path} holds no WriteSAE ({why}); {advice}") from None
         return sae.requires_grad_(False)
 
 
@@ -415,98 +358,7 @@ class Step(torch.autograd.Function):
         return None, -grad * near / ctx.width, None
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Training
-# --------------------------------------------------------------------------------------------------
-@torch.inference_mode()
-def collect(
-    model: LanguageModel,
-    tokens: Tensor,
-    layer: int,
-    heads: list[int],
-    source: str = "write",
-    every: int = 16,
-    skip: int = 0,
-    progress=iter,
-) -> list[Factored]:
-    """What heads of one layer write over a text, to train on: one Factored of N matrices per head.
-
-    tokens [n, T]; every write after the first `skip` tokens of each row, or with source "state"
-    every 16th state (neighbours are nearly the same). One pass up to the layer and no further
-    serves all heads; it keeps 4 (K + V) bytes per write, 4 K V per state.
-    """
-    keys, values = [], []  # per batch [B, T, H, r, ·]
-    for batch in progress(tokens.split(16)):
-        stream, _ = model.run(model.embed(batch), last=layer)
-        s = model.step_inputs(stream, layer).heads(heads)
-        if source == "write":
-            X = write_of(s.k[:, skip:], s.v[:, skip:])
-        else:
-            X = matrix_of(states(s)[:, every - 1 :: every])
-        keys.append(X.keys.flatten(0, 1))
-        values.append(X.values.flatten(0, 1))
-    keys, values = torch.cat(keys), torch.cat(values)
-    # `clone`: training needs gradients, which tensors made in inference mode refuse
-    return [Factored(keys[:, h].clone(), values[:, h].clone()) for h in range(len(heads))]
-
-
-def read_metric(
-    model: LanguageModel,
-    tokens: Tensor,
-    layer: int,
-    head: int,
-    positions,
-    generator: torch.Generator,
-    ridge: float = 0.1,
-    progress=iter,
-):
-    """How much the next eleven predictions heed each direction of a head's state: M_k, M_v.
-
-    To second order the effect of a small change δS of the state is a quadratic form in it,
-
-        effect = ½ ⟨δS, F δS⟩,   F = E[G Gᵀ] over vec(G),   G = ∂/∂S_t Σ_h log p(drawn token at t+h)
-
-    F is the Fisher information; tokens are drawn from the model's own predictions (drawn
-    independently at each step, so that products between steps vanish). It is approximated by a
-    Kronecker product of its two sides, M_k ∝ E[G Gᵀ] and M_v ∝ E[Gᵀ G] (Shampoo's form), each
-    scaled to mean eigenvalue 1 and mixed with `ridge` of the identity.
-
-    With M = L Lᵀ that norm is the Frobenius norm of L_kᵀ X L_v: turn keys by L_k and values by L_v,
-    and nothing else in coding or training knows of a metric (`set_metric`).
-
-    G comes from one backward pass: K edits at t with the unit keys and zero values, whose gradients
-    are the rows of G. Returns [K, K] and [V, V], symmetric positive definite.
-    """
-    mixer = model.layers[layer].mixer
-    K, V, device = mixer.K, mixer.V, tokens.device
-    M_k, M_v = torch.zeros(K, K, device=device), torch.zeros(V, V, device=device)
-    for p in points(model, tokens, layer, head, positions, K, progress):
-        P = len(p.passage)
-        rows = torch.zeros(P, K, V, device=device, requires_grad=True)  # the edits' values
-        unit_keys = torch.eye(K, device=device).expand(P, K, K)
-        with torch.enable_grad():
-            logp = p.branch(Factored(unit_keys, rows))  # [P, 11, vocab]
-            chances = logp.detach().exp().flatten(0, 1).cpu()
-            drawn = torch.multinomial(chances, 1, generator=generator).to(device)
-            score = logp.gather(-1, drawn.view(P, HORIZONS, 1)).sum()
-            (G,) = torch.autograd.grad(score, rows)  # [P, K, V]
-        M_k += torch.einsum("pkv,plv->kl", G, G)
-        M_v += torch.einsum("pkv,pkw->vw", G, G)
-
-    def mixed(M: Tensor) -> Tensor:
-        return M / M.diagonal().mean() + ridge * torch.eye(len(M), device=device)
-
-    return mixed(M_k), mixed(M_v)
-
-
-@torch.no_grad()
-def set_metric(sae: WriteSAE, M_k: Tensor, M_v: Tensor):
-    """From now on sae measures ⟨X, Y⟩ = tr(M_k X M_v Yᵀ). M_k [K, K], M_v [V, V]; before
-    training."""
-    sae.to_k.copy_(torch.linalg.cholesky(M_k))
-    sae.to_v.copy_(torch.linalg.cholesky(M_v))
-
-
+# ---- 3. Training: from tensors alone, no model needed --------------------------------------------
 def untrained(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Generator) -> WriteSAE:
     """The null of every dictionary: as many atoms, each a write drawn at random, no training.
 
@@ -521,6 +373,15 @@ def untrained(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Generator) -
     return null.requires_grad_(False)
 
 
+@torch.no_grad()
+def set_metric(sae: WriteSAE, M_k: Tensor, M_v: Tensor):
+    """From now on sae measures ⟨X, Y⟩ = tr(M_k X M_v Yᵀ), M_k [K, K], M_v [V, V] symmetric positive
+    definite. With M = L Lᵀ it is the Frobenius product of L_kᵀ X L_v and L_kᵀ Y L_v: keys are turned
+    by L_k and values by L_v, and nothing else in coding or training knows of a metric."""
+    sae.to_k.copy_(torch.linalg.cholesky(M_k))
+    sae.to_v.copy_(torch.linalg.cholesky(M_v))
+
+
 def best_atom(keys: Tensor, values: Tensor, x: Tensor, y: Tensor, rows: int = 128):
     """For writes x [N, K], y [N, V] the largest a = (key · x)(value · y) and its atom: [N], [N].
     A block of rows at a time stays in the processor's cache."""
@@ -533,16 +394,9 @@ def best_atom(keys: Tensor, values: Tensor, x: Tensor, y: Tensor, rows: int = 12
 
 
 @torch.no_grad()
-def fit_alternating(
-    sae: WriteSAE,
-    k: Tensor,
-    v: Tensor,
-    generator: torch.Generator,
-    steps: int = 24,
-    sample: int = 100_000,
-    memory: float = 0.75,
-    progress=iter,
-) -> list[float]:
+def fit_alternating(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Generator,
+                    steps: int = 24, sample: int = 100_000, memory: float = 0.75,
+                    progress=iter) -> list[float]:  # fmt: skip
     """Code each write by one atom, with closed-form updates: k-means whose centres are rank-1.
 
     With one active atom, tied, the loss on a unit write is ‖X − aA‖² = 1 − a². Each step draws
@@ -591,25 +445,16 @@ def fit_alternating(
     return history
 
 
-def fit_gradient(
-    sae: WriteSAE,
-    X: Factored,
-    generator: torch.Generator,
-    steps: int = 2000,
-    batch: int = 1024,
-    lr: float = 1e-3,
-    k_aux: int = 64,
-    dead_after: int = 100_000,
-    resample_every: int = 400,
-    progress=iter,
-) -> list[float]:
+def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: int = 2000,
+                 batch: int = 1024, lr: float = 1e-3, k_aux: int = 64, dead_after: int = 100_000,
+                 resample_every: int = 400, progress=iter) -> list[float]:  # fmt: skip
     """Adam on the reconstruction error ‖X − X̂‖² of unit inputs, for every setting and source.
 
-    The error is E = ‖X‖² − 2 Σ a_i ⟨A_i, X⟩ + Σ_ij a_i a_j ⟨A_i, A_j⟩, from the factors' products.
-    An atom is dead once `dead_after` samples passed without it. The k_aux best of the dead explain
-    what is left, as in arXiv 2406.04093 (residual detached, weight 1/32), and every
-    `resample_every` steps but the last the dead restart at the inputs coded worst, with Adam's
-    memory of them cleared. JumpReLU adds (L0/active − 1)²/10 to hold the number of active atoms.
+    The error comes from products of factors, no K x V matrix is formed. An atom is dead once
+    `dead_after` samples passed without it. The k_aux best of the dead explain what is left, as in
+    arXiv 2406.04093 (residual detached, weight 1/32), and every `resample_every` steps but the last
+    the dead restart at the inputs coded worst, with Adam's memory of them cleared. JumpReLU adds
+    (L0/active − 1)²/10 to hold the number of active atoms.
 
     X: N matrices in the model's coordinates. Trains sae in place; returns the unexplained share of
     energy of every step.
@@ -621,15 +466,16 @@ def fit_gradient(
         return X.rows(torch.randint(len(X.keys), (n,), generator=generator).to(X.keys.device))
 
     sae.start(torch.arange(sae.n_atoms), draw(sae.n_atoms))
-    if sae.threshold is not None:
-        set_threshold(sae, draw(batch))
+    if sae.threshold is not None:  # the one that `active` atoms pass on the average
+        scores = sae.readers.products(draw(batch)).relu().flatten()
+        sae.threshold.data.fill_(scores.topk(sae.active * batch).values[-1].item())
     optimiser = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr)
     silent = torch.zeros(sae.n_atoms, device=X.keys.device)  # samples since an atom was active
     history = []
     for step in progress(range(steps)):
         for group in optimiser.param_groups:  # warm-up, then a cosine to a tenth
-            cosine_rate = 0.55 + 0.45 * math.cos(math.pi * step / steps)
-            group["lr"] = lr * min(1, (step + 1) / 50) * cosine_rate
+            decay = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+            group["lr"] = lr * min(1, (step + 1) / 50) * decay
         x = draw(batch)
         index, a = sae.select(sae.readers.products(x), training=True)
         R = x.minus(sae.assemble(index, a))
@@ -648,29 +494,17 @@ def fit_gradient(
         optimiser.step()
         sae.atoms.normalise()
         if (step + 1) % resample_every == 0 and step + resample_every < steps:
-            silent[restart(sae, optimiser, dead, R, error)] = 0
+            worst = error.argsort(descending=True)[: len(dead)]
+            restarted = dead[: len(worst)]
+            sae.start(restarted, R.rows(worst))
+            forget(optimiser, restarted, sae.n_atoms)
+            silent[restarted] = 0
         history.append(error.mean().item())
     return history
 
 
-def set_threshold(sae: WriteSAE, X: Factored):
-    """The threshold that `active` atoms pass on the average over the unit inputs X."""
-    scores = sae.readers.products(X).relu().flatten()
-    sae.threshold.data.fill_(scores.topk(sae.active * len(X.keys)).values[-1].item())
-
-
-def restart(sae: WriteSAE, optimiser, dead: Tensor, R: Factored, error: Tensor) -> Tensor:
-    """Put dead atoms at the inputs whose residuals R are largest; returns which were put there."""
-    worst = error.argsort(descending=True)[: len(dead)]
-    restarted = dead[: len(worst)]
-    sae.start(restarted, R.rows(worst))
-    forget(optimiser, restarted, sae.n_atoms)
-    return restarted
-
-
 def auxiliary_loss(sae: WriteSAE, R: Factored, dead: Tensor, k_aux: int) -> Tensor:
-    """The share of the residual's energy that the k_aux best of the dead atoms leave
-    unexplained."""
+    """The share of the residual R's energy that the k_aux best of the dead atoms leave."""
     R = Factored(R.keys.detach(), R.values.detach())
     scores, best = sae.readers.products(R)[:, dead].relu().topk(min(k_aux, len(dead)))
     left = R.minus(sae.assemble(dead[best], scores))
@@ -685,26 +519,31 @@ def forget(optimiser: torch.optim.Adam, atoms: Tensor, n_atoms: int):
             memory["exp_avg_sq"][atoms] = 0
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. The engine: a native run, a change of one head's state, and what the predictions say then
-# --------------------------------------------------------------------------------------------------
+# ---- 4. The engine: a native run, a change of one head's state, and what the predictions say then
 HORIZONS = 11  # effects are read at the write's own step and the ten after it
 BATCH_BYTES = 24_000_000  # of log-probabilities per branch: what a batch of passages may take
 
 Table = dict[str, Tensor]  # named columns, one row per tested position
 
 
-def stack(parts: list[Table]) -> Table:
-    """Tables with the same columns under one another, on the CPU."""
-    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+class Cell(NamedTuple):
+    """Where an experiment looks: one head of one layer of a model, at positions of a text."""
+
+    model: LanguageModel
+    layer: int
+    head: int
+    tokens: Tensor  # [n, T] passages
+    positions: Sequence[int]  # of each passage, increasing; ten tokens come after the last
+    rng: torch.Generator | None = None  # of every random draw
+    sae: WriteSAE | None = None  # the one that is looked at
+    file: Tensor | None = None  # [n] the file each passage is from: intervals draw whole files
+    progress: Callable = iter  # wraps a loop, such as a progress bar
 
 
 class Point(NamedTuple):
     """Where branches start: position t of P passages, and the native run over t..t+10."""
 
-    model: LanguageModel
-    layer: int
-    head: int
+    cell: Cell
     t: int
     passage: Tensor  # [P] which passages of the text these are
     stream: Stream  # at the edited layer's input, t..t+10
@@ -712,14 +551,35 @@ class Point(NamedTuple):
     s: StepInputs  # the six tensors of the edited head, H = 1, t..t+10
     logp: Tensor  # [P, 11, vocab] native log-probabilities
 
+    def rows(self, index: Tensor) -> Point:
+        """Some of the P passages."""
+        per_passage = dict(passage=self.passage[index], logp=self.logp[index])
+        for name in ("stream", "cache", "s"):
+            per_passage[name] = getattr(self, name).rows(index)
+        return self._replace(**per_passage)
+
     def write(self) -> Factored:
         """What the head writes at t: k vᵀ of every passage."""
         return write_of(self.s.k[:, 0, 0], self.s.v[:, 0, 0])
 
     def state(self) -> Factored:
         """The head's state after t, of every passage."""
-        before = self.cache.layers[self.layer]["state"][:, self.head, None]  # [P, 1, K, V]
+        before = self.cache.layers[self.cell.layer]["state"][:, self.cell.head, None]
         return matrix_of(states(self.s.times(0, 1), before)[:, 0, 0])
+
+    def coded(self, sae: WriteSAE) -> Factored:
+        """What this SAE codes: the write, or the state."""
+        return self.state() if sae.cfg["source"] == "state" else self.write()
+
+    def stand_in(self, sae: WriteSAE) -> tuple[Tensor, Tensor, Factored, Tensor]:
+        """For every passage's write: the dominant atom [P], its coefficient a, a A, and the cosine of
+        a A and the write. (A state's coefficient is a state's size. With scale "least-squares" in
+        its cfg the atom takes the size that fits the write.)"""
+        X = self.write()
+        index, a, A = sae.dominant(self.coded(sae))
+        if sae.cfg.get("scale") == "least-squares":
+            A = A.times(inner(A, X) / inner(A, A).clamp_min(1e-30))
+        return index, a, A, cosine(A, X)
 
     def logits(self, change: Factored, row: Tensor | None = None) -> Tensor:
         """Logits at t..t+10 if change_i is added to the head's state after t, in passage row_i of
@@ -728,15 +588,13 @@ class Point(NamedTuple):
         Each of the r factors is one rank-1 edit. Nothing below the edited layer and nothing before
         t runs again.
         """
-        stream, cache = self.stream, self.cache
+        stream, cache, (model, layer, head) = self.stream, self.cache, self.cell[:3]
         if row is not None:
             stream, cache = stream.rows(row), cache.rows(row)
-        edits = [
-            Edit(self.layer, self.head, self.t, change.keys[:, r], change.values[:, r])
-            for r in range(change.keys.shape[1])
-        ]
-        after, _ = self.model.run(stream, cache, edits, first=self.layer)
-        return at_least_fp32(self.model.unembed(after))
+        pairs = zip(change.keys.unbind(1), change.values.unbind(1))
+        edits = [Edit(layer, head, self.t, key, value) for key, value in pairs]
+        after, _ = model.run(stream, cache, edits, first=layer)
+        return at_least_fp32(model.unembed(after))
 
     def branch(self, change: Factored, row: Tensor | None = None) -> Tensor:
         """The same as log-probabilities."""
@@ -744,32 +602,21 @@ class Point(NamedTuple):
 
 
 @torch.no_grad()
-def points(
-    model: LanguageModel,
-    tokens: Tensor,
-    layer: int,
-    head: int,
-    positions,
-    branches: int = 1,
-    progress=iter,
-):
-    """Yield a Point for each position, increasing, of every batch of passages. tokens [n, T].
+def points(cell: Cell, branches: int = 1):
+    """Yield a Point for each position of every batch of the cell's passages.
 
     One native pass over a passage serves all its points. A batch holds as many passages as
     `branches` branches of BATCH_BYTES allow, and at least one: memory does not grow with n.
     Raises InputError for a cell that is none, and for a position without ten tokens after it.
     """
+    model, layer, head, tokens, positions = cell[:5]
     model.check_cell(layer, head)
-    positions = list(positions)
-    if not positions or positions[0] < 1 or positions[-1] + HORIZONS > tokens.shape[1]:
-        raise InputError(
-            f"positions {positions[:1]}..{positions[-1:]} do not fit passages of "
-            f"{tokens.shape[1]} tokens: the last needs {HORIZONS - 1} after it"
-        )
+    fit = len(positions) and positions[0] >= 1 and positions[-1] + HORIZONS <= tokens.shape[1]
+    require(fit, f"positions {list(positions[:1])}..{list(positions[-1:])} do not fit passages of "
+            f"{tokens.shape[1]} tokens: the last needs {HORIZONS - 1} after it")  # fmt: skip
     size = max(1, BATCH_BYTES // (4 * branches * HORIZONS * model.vocab))
     batches = torch.arange(len(tokens), device=tokens.device).split(size)
-    steps = [(passage, t) for passage in batches for t in positions]
-    for passage, t in progress(steps):
+    for passage, t in cell.progress([(passage, t) for passage in batches for t in positions]):
         if t == positions[0]:
             below, _ = model.run(model.embed(tokens[passage]), last=layer)  # the layer's input
             last, _ = model.run(below, first=layer)  # the last layer's output
@@ -778,9 +625,12 @@ def points(
         _, cache = model.run(below.times(done, t), cache, first=layer)
         done, end = t, t + HORIZONS
         logp = at_least_fp32(model.unembed(last.times(t, end))).log_softmax(-1)
-        yield Point(
-            model, layer, head, t, passage, below.times(t, end), cache, s.times(t, end), logp
-        )
+        yield Point(cell, t, passage, below.times(t, end), cache, s.times(t, end), logp)
+
+
+def stack(parts: list[Table]) -> Table:
+    """Tables with the same columns under one another, on the CPU."""
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -795,80 +645,179 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (d.expm1() - d)).sum(-1)
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. The replacement test
-# --------------------------------------------------------------------------------------------------
+@torch.inference_mode()
+def collect(model: LanguageModel, tokens: Tensor, layer: int, heads: list[int],
+            source: str = "write", every: int = 16, skip: int = 0,
+            progress=iter) -> list[Factored]:  # fmt: skip
+    """What heads of one layer write over a text, to train on: one Factored of N matrices per head.
+
+    tokens [n, T]; every write after the first `skip` tokens of each row, or with source "state"
+    every 16th state (neighbours are nearly the same). One pass up to the layer and no further
+    serves all heads; it keeps 4 (K + V) bytes per write, 4 K V per state.
+    """
+    keys, values = [], []  # per batch [B · T, H, r, ·]
+    for batch in progress(tokens.split(16)):
+        stream, _ = model.run(model.embed(batch), last=layer)
+        s = model.step_inputs(stream, layer).heads(heads)
+        if source == "write":
+            X = write_of(s.k[:, skip:], s.v[:, skip:])
+        else:
+            X = matrix_of(states(s)[:, every - 1 :: every])
+        keys.append(X.keys.flatten(0, 1))
+        values.append(X.values.flatten(0, 1))
+    keys, values = torch.cat(keys), torch.cat(values)
+    # `clone`: training needs gradients, which tensors made in inference mode refuse
+    return [Factored(keys[:, h].clone(), values[:, h].clone()) for h in range(len(heads))]
+
+
+def read_metric(cell: Cell, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
+    """How much the next eleven predictions heed each direction of a head's state: M_k, M_v.
+
+    To second order the effect of a small change δS of the state is a quadratic form in it,
+
+        effect = ½ ⟨δS, F δS⟩,   F = E[G Gᵀ] over vec(G),   G = ∂/∂S_t Σ_h log p(drawn token at t+h)
+
+    F is the Fisher information; tokens are drawn from the model's own predictions (drawn
+    independently at each step, so that products between steps vanish). It is approximated by a
+    Kronecker product of its two sides, M_k ∝ E[G Gᵀ] and M_v ∝ E[Gᵀ G] (Shampoo's form), each
+    scaled to mean eigenvalue 1 and mixed with `ridge` of the identity: what `set_metric` takes.
+
+    G comes from one backward pass: K edits at t with the unit keys and zero values, whose gradients
+    are the rows of G. Returns [K, K] and [V, V], symmetric positive definite.
+    """
+    mixer, device = cell.model.layers[cell.layer].mixer, cell.tokens.device
+    M_k = torch.zeros(mixer.K, mixer.K, device=device)
+    M_v = torch.zeros(mixer.V, mixer.V, device=device)
+    for p in points(cell, branches=mixer.K):
+        P = len(p.passage)
+        rows = torch.zeros(P, mixer.K, mixer.V, device=device, requires_grad=True)
+        unit_keys = torch.eye(mixer.K, device=device).expand(P, -1, -1)
+        with torch.enable_grad():
+            logp = p.branch(Factored(unit_keys, rows))  # [P, 11, vocab]
+            chances = logp.detach().exp().flatten(0, 1).cpu()
+            drawn = torch.multinomial(chances, 1, generator=cell.rng).to(device)
+            score = logp.gather(-1, drawn.view(P, HORIZONS, 1)).sum()
+            (G,) = torch.autograd.grad(score, rows)  # [P, K, V]
+        M_k += torch.einsum("pkv,plv->kl", G, G)
+        M_v += torch.einsum("pkv,pkw->vw", G, G)
+    return tuple(M / M.diagonal().mean() + ridge * torch.eye(len(M)).to(M) for M in (M_k, M_v))
+
+
+@torch.inference_mode()
+def codes(cell: Cell) -> Table:
+    """How the cell's SAE codes each write of its text: a row per token, with passage, position,
+    token, the dominant atom (index), its coefficient a, and the cosine of a A with the write."""
+    parts = []
+    for passage in torch.arange(len(cell.tokens)).split(8):
+        tokens = cell.tokens[passage]
+        (X,) = collect(cell.model, tokens, cell.layer, [cell.head])
+        index, a, A = cell.sae.dominant(X)
+        position = torch.arange(tokens.shape[1]).repeat(len(passage))
+        part = dict(passage=passage.repeat_interleave(tokens.shape[1]), position=position)
+        parts.append(part | dict(token=tokens.flatten(), index=index, a=a, cosine=cosine(A, X)))
+    return stack(parts)
+
+
+def some_rows(table: Table, rows: Tensor) -> Table:
+    """The rows of a table at an index, or where `rows` is true."""
+    return {name: x[rows.to(x.device)] for name, x in table.items()}
+
+
+def firings(cell: Cell, table: Table) -> Table:
+    """The rows of `codes` where an atom fires at one of the cell's positions. Raises InputError if
+    there are none."""
+    fires = (table["a"] > 0) & (table["cosine"] >= cell.sae.cfg["cosine_min"])
+    at = some_rows(table, fires & torch.isin(table["position"], torch.tensor(cell.positions)))
+    none = "no atom fires here: take more --passages or a lower --cosine-min"
+    require(len(at["index"]) > 0, none)
+    return at
+
+
+def events(cell: Cell, at: Table):
+    """Yield Points whose rows are rows of a table with columns passage and position, and which."""
+    for p in points(cell._replace(positions=at["position"].unique().tolist())):
+        here = (at["position"] == p.t) & torch.isin(at["passage"], p.passage.cpu())
+        which = here.nonzero()[:, 0]
+        if len(which):
+            yield p.rows(at["passage"][which].to(p.passage) - p.passage[0]), which
+
+
+def atoms_at(cell: Cell, at: Table) -> Factored:
+    """a A of every row of `codes`."""
+    index, a = (at[name][:, None].to(cell.tokens.device) for name in ("index", "a"))
+    return cell.sae.decode(index, a)
+
+
+@torch.inference_mode()
+def taken_out(cell: Cell, at: Table, X: Factored) -> Tensor:
+    """What every token loses if X_i is taken out of the state at the i-th row of `at` (passage,
+    position): the change of its log-probability in nats, the mean over the write's step and the ten
+    after it. -> [N, vocab]"""
+    change = torch.zeros(len(at["passage"]), cell.model.vocab)
+    for p, i in events(cell, at):
+        out = X.rows(i.to(p.passage.device))
+        change[i] = (p.branch(out._replace(values=-out.values)) - p.logp).mean(1).cpu().float()
+    return change
+
+
+# ---- 5. The replacement test ---------------------------------------------------------------------
 CONTROLS_EVERY = 4  # random, projected and native: at every fourth position only
 
 
 @torch.inference_mode()
-def replacement(
-    model: LanguageModel,
-    dictionaries: dict[str, WriteSAE],
-    tokens: Tensor,
-    layer: int,
-    head: int,
-    positions,
-    generator: torch.Generator,
-    whole: bool = False,
-    progress=iter,
-) -> Table:
+def replacement(cell: Cell, dictionaries: dict[str, WriteSAE], whole: bool = False) -> Table:
     """Put something else where a native write was: how far do the next eleven predictions move?
 
     What stands where the write X = k vᵀ stood:
         (a name)   a A         the dominant atom of that dictionary, with its coefficient
         delete     nothing
         random     a A_j       another atom of the first dictionary, same coefficient
-        projected  ⟨R, X⟩ R    a random rank-1 direction at its own least-squares coefficient:
-                   always
+        projected  ⟨R, X⟩ R    a random rank-1 direction at its own least-squares coefficient: always
                                nearer to X than nothing is (‖X − aA‖² = ‖X‖² − a² for every unit A),
                                and yet no stand-in for it; a win means something only above its rate
         native     X           the write itself put back: the noise floor
     and with whole=True NAME_whole: all active atoms of the dictionary together.
 
     `untrained` makes the dictionary that belongs beside every trained one: the null that decides.
-    tokens [n, T]. Returns a row per passage and position: passage, position; for each dictionary
-    index_NAME, a_NAME and cosine_NAME (of a A and X); for each thing put in its effect by horizon,
-    kl_NAME [N, 11], KL(native ‖ branch) in nats (NaN where it is not measured).
+    Returns a row per passage and position: passage, position (and file, if the cell has it); for
+    each dictionary index_NAME, a_NAME and cosine_NAME (of a A and X); for each thing put in its
+    effect by horizon, kl_NAME [N, 11], KL(native ‖ branch) in nats (NaN where it is not measured).
     """
-    parts, positions = [], list(positions)
-    for p in points(model, tokens, layer, head, positions, progress=progress):
+    parts, positions = [], list(cell.positions)
+    for p in points(cell):
         X = p.write()
         part = dict(passage=p.passage, position=torch.full_like(p.passage, p.t))
+        if cell.file is not None:
+            part["file"] = cell.file.to(p.passage)[p.passage]
         put_in = {}
         for name, sae in dictionaries.items():
-            coded = p.state() if sae.cfg.get("source") == "state" else X
-            index, a, A = sae.dominant(coded)
-            if sae.cfg.get("scale") == "least-squares":  # a state's coefficient is a state's size
-                A = A.times(inner(A, X) / inner(A, A).clamp_min(1e-30))
-            part |= {f"index_{name}": index, f"a_{name}": a, f"cosine_{name}": cosine(A, X)}
+            index, a, A, match = p.stand_in(sae)
+            part |= {f"index_{name}": index, f"a_{name}": a, f"cosine_{name}": match}
             put_in[name] = A
             if whole:
-                put_in[name + "_whole"] = sae.decode(*sae.encode(coded))
-        put_in["delete"] = X.times(torch.zeros_like(a))
-        draws = torch.Generator().manual_seed(generator.initial_seed() + p.t)
-        put_in |= controls(next(iter(dictionaries.items())), part, X, len(tokens), draws)
-        every_row = positions.index(p.t) % CONTROLS_EVERY == 0
+                put_in[name + "_whole"] = sae.decode(*sae.encode(p.coded(sae)))
+        put_in["delete"] = X.times(torch.zeros_like(X.keys[:, 0, 0]))
+        put_in |= controls(cell, p, next(iter(dictionaries.items())), part)
+        measured = positions.index(p.t) % CONTROLS_EVERY == 0
         for name, Y in put_in.items():
-            kl = torch.full((len(a), HORIZONS), math.nan, device=a.device)
-            if every_row or name not in ("random", "projected", "native"):
+            kl = torch.full((len(p.passage), HORIZONS), math.nan, device=p.logp.device)
+            if measured or name not in ("random", "projected", "native"):
                 kl = kl_divergence(p.logp, p.branch(Y.minus(X)))
             part["kl_" + name] = kl
         parts.append(part)
     return stack(parts)
 
 
-def controls(
-    first: tuple[str, WriteSAE], part: Table, X: Factored, n: int, generator
-) -> dict[str, Factored]:
-    """`random`, `projected` and `native` of `replacement`, for the writes X of one batch. Draws are
-    made for all n passages of the text, so that they do not depend on the size of a batch."""
-    name, sae = first
-    index, a, passage = part[f"index_{name}"], part[f"a_{name}"], part["passage"].cpu()
-    shift = torch.randint(1, max(2, sae.n_atoms), (n,), generator=generator)[passage]
-    other = sae.decode((index + shift.to(index))[:, None] % sae.n_atoms, a[:, None])
-    R = random_direction(X, generator, n).rows(passage.to(index.device))
-    return dict(random=other, projected=R.times(inner(R, X)), native=X)
+def controls(cell: Cell, p: Point, first: tuple[str, WriteSAE], part: Table) -> dict[str, Factored]:
+    """`random`, `projected` and `native` of `replacement` at one point. Draws are made for all n
+    passages of the text, so that they do not depend on the size of a batch."""
+    (name, sae), X, n = first, p.write(), len(cell.tokens)
+    draws = torch.Generator().manual_seed(cell.rng.initial_seed() + p.t)
+    shift = torch.randint(1, max(2, sae.n_atoms), (n,), generator=draws).to(p.passage)[p.passage]
+    other = (part[f"index_{name}"] + shift) % sae.n_atoms
+    R = random_direction(X, draws, n).rows(p.passage)
+    random = sae.decode(other[:, None], part[f"a_{name}"][:, None])
+    return dict(random=random, projected=R.times(inner(R, X)), native=X)
 
 
 def random_direction(like: Factored, generator: torch.Generator, n: int | None = None) -> Factored:
@@ -882,6 +831,11 @@ def random_direction(like: Factored, generator: torch.Generator, n: int | None =
 
 
 # Its figures
+def mean(x: Tensor) -> float:
+    """The mean of numbers or of truths; NaN for none."""
+    return x.double().mean().item()
+
+
 def wilson(wins: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """The Wilson 95 % interval of a rate, for n independent trials; NaN for none."""
     if n == 0:
@@ -892,9 +846,8 @@ def wilson(wins: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max((middle - half) / (1 + z2 / n), 0.0), min((middle + half) / (1 + z2 / n), 1.0)
 
 
-def cluster_bootstrap(
-    values: Tensor, cluster: Tensor, generator: torch.Generator, draws: int = 1000
-) -> tuple[float, float]:
+def cluster_bootstrap(values: Tensor, cluster: Tensor, generator: torch.Generator,
+                      draws: int = 1000) -> tuple[float, float]:  # fmt: skip
     """95 % interval of the mean of values [N] when whole clusters [N] (all rows of a file, of an
     atom) are drawn again, with replacement; NaN for none."""
     if len(values) == 0:
@@ -923,11 +876,9 @@ def rates(atom: Tensor, delete: Tensor) -> dict[str, float]:
     """
     if len(atom) == 0:
         return dict(win_rate=math.nan, recovered_pooled=math.nan, recovered_median=math.nan)
-    return dict(
-        win_rate=(atom < delete).double().mean().item(),
-        recovered_pooled=(1 - atom.sum() / delete.sum()).item(),
-        recovered_median=(1 - atom / delete.clamp_min(1e-30)).median().item(),
-    )
+    return dict(win_rate=mean(atom < delete),
+                recovered_pooled=(1 - atom.sum() / delete.sum()).item(),
+                recovered_median=(1 - atom / delete.clamp_min(1e-30)).median().item())  # fmt: skip
 
 
 def fires(table: Table, name: str, cosine_min: float) -> Tensor:
@@ -942,7 +893,7 @@ def dictionary_figures(table: Table, name: str, cosine_min: float) -> dict:
 
     def at(threshold: float) -> dict:
         here = fires(table, name, threshold)
-        share = dict(coverage=here.double().mean().item(), n_firings=int(here.sum()))
+        share = dict(coverage=mean(here), n_firings=int(here.sum()))
         return share | rates(atom[here], delete[here])
 
     everywhere = rates(atom, delete)
@@ -957,22 +908,22 @@ def dictionary_figures(table: Table, name: str, cosine_min: float) -> dict:
 
 def replacement_figures(table: Table, cosine_min: float, generator: torch.Generator) -> dict:
     """The test's figures, from `replacement` of dictionaries "atom" and "untrained" (which may be
-    left out), and a column "file": the file that each passage comes from, which intervals draw.
+    left out) on passages whose files are known, which intervals draw.
 
     All are about kl@0..10, at firings unless the name ends in _all. per_atom_win_rate is the mean
     over the n_atoms_often atoms with at least five firings.
     """
     here = fires(table, "atom", cosine_min)
     kl = {name: effect(table, name) for name in ("atom", "delete", "random", "projected", "native")}
-    at_firings = {name: x[here & x.isfinite()] for name, x in kl.items()}
     wins, delete = (kl["atom"] < kl["delete"])[here], kl["delete"][here]
     atoms, which, uses = table["index_atom"][here].unique(return_inverse=True, return_counts=True)
     per_atom = torch.bincount(which, wins.double(), len(atoms)) / uses
     often = uses >= 5
     control = here & kl["random"].isfinite()  # firings where the controls were measured
     ordered = (kl["atom"] < kl["delete"]) & (kl["delete"] < kl["random"])
-    beaten = kl["projected"] < kl["delete"]
     weak_to_strong = wins[delete.argsort()].tensor_split(4) if len(wins) >= 4 else []
+    by_step = [rates(table["kl_atom"][here, h].double(), table["kl_delete"][here, h].double())
+               for h in range(HORIZONS)]  # fmt: skip
     figures = dictionary_figures(table, "atom", cosine_min) | dict(
         n_positions=len(here),
         n_firings=len(wins),
@@ -982,19 +933,13 @@ def replacement_figures(table: Table, cosine_min: float, generator: torch.Genera
         win_ci95_by_file=cluster_bootstrap(wins, table["file"][here], generator),
         n_atoms_often=int(often.sum()),
         n_firings_often=int(uses[often].sum()),
-        per_atom_win_rate=per_atom[often].mean().item(),
+        per_atom_win_rate=mean(per_atom[often]),
         win_ci95_by_atom=cluster_bootstrap(wins[often[which]], which[often[which]], generator),
-        strict_order_rate=ordered[control].double().mean().item(),
-        projected_win_rate=beaten[control].double().mean().item(),
-        median_kl={
-            name: x.median().item() if len(x) else math.nan for name, x in at_firings.items()
-        },
-        failure_by_quartile=[1 - quarter.double().mean().item() for quarter in weak_to_strong],
-        by_horizon=[
-            dict(horizon=h)
-            | rates(table["kl_atom"][here, h].double(), table["kl_delete"][here, h].double())
-            for h in range(HORIZONS)
-        ],
+        strict_order_rate=mean(ordered[control]),
+        projected_win_rate=mean((kl["projected"] < kl["delete"])[control]),
+        median_kl={name: x[here & x.isfinite()].nanmedian().item() for name, x in kl.items()},
+        failure_by_quartile=[1 - mean(quarter) for quarter in weak_to_strong],
+        by_horizon=[dict(horizon=h) | step for h, step in enumerate(by_step)],
     )
     if "kl_untrained" in table:
         figures["untrained"] = untrained_figures(table, cosine_min, generator)
@@ -1005,23 +950,19 @@ def untrained_figures(table: Table, cosine_min: float, generator: torch.Generato
     """The null's own figures, and over all positions what learning added to it:
 
     win_gain_all     win rate of the trained minus the untrained one, paired; interval by file
-    kl_left_all      ΣKL_trained / ΣKL_untrained (1: training added nothing, 0: all that was
-                     missing)
+    kl_left_all      ΣKL_trained / ΣKL_untrained (1: training added nothing, 0: all that was missing)
     """
-    delete, null = effect(table, "delete"), effect(table, "untrained")
-    gain = (effect(table, "atom") < delete).double() - (null < delete).double()
+    atom, delete, null = (effect(table, name) for name in ("atom", "delete", "untrained"))
+    gain = (atom < delete).double() - (null < delete).double()
     return dictionary_figures(table, "untrained", cosine_min) | dict(
-        win_gain_all=gain.mean().item(),
+        win_gain_all=mean(gain),
         win_gain_all_ci95=cluster_bootstrap(gain, table["file"], generator),
-        kl_left_all=(effect(table, "atom").sum() / null.sum()).item(),
+        kl_left_all=(atom.sum() / null.sum()).item(),
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. The logit-change formula: a ladder from the paper's three factors to the exact second order
-# --------------------------------------------------------------------------------------------------
-#: each rung's name -> the order in the edit's size to which it is exact (0: not even the first)
-RUNGS = {
+# ---- 6. The logit-change formula: a ladder from the paper's three factors to the exact second order
+RUNGS = {  # each rung -> the order in the edit's size to which it is exact (0: not even the first)
     "three factors": 0,
     "three factors, fitted": 0,
     "exact transition": 0,
@@ -1055,15 +996,8 @@ def moved_reads(change: Factored, s: StepInputs) -> Tensor:
 def norm_slope(norm: nn.Module, x: Tensor) -> Tensor:
     """What a norm multiplies each channel of x by: weight / rms, a LayerNorm weight / std."""
     if isinstance(norm, nn.LayerNorm):
-        variance = x.var(-1, keepdim=True, correction=0)
-        return norm.weight / (variance + norm.eps).sqrt()
-    power = x.square().mean(-1, keepdim=True)
-    return (norm.offset + norm.weight) / (power + norm.eps).sqrt()
-
-
-def at_token(x: Tensor, token: Tensor) -> Tensor:
-    """Of numbers x [..., vocab] the token's [...], one for each place. -> [...]"""
-    return x.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        return norm.weight / (x.var(-1, keepdim=True, correction=0) + norm.eps).sqrt()
+    return (norm.offset + norm.weight) / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
 
 
 def slope(f, at: Tensor) -> Tensor:
@@ -1095,25 +1029,23 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     The last four are slopes of functions of ε that apply ε times the change. change [P, r, ·],
     targets [P, n] -> predicted [P, 9, 11, n] in RUNGS' order, measured [P, 11, n].
     """
-    model, block, cache = p.model, p.model.layers[p.layer], p.cache.layers[p.layer]
+    model, layer, head = p.cell[:3]
+    block, cache = model.layers[layer], p.cache.layers[layer]
     o, s, rest = all_heads(block, p.stream, cache)
-    last, _ = model.run(p.stream, p.cache, first=p.layer)
-    gate, scale = (x[:, :, p.head] for x in block.mixer.gate_and_scale(o, s, rest))  # [P, 11, ·]
-    W_O = model.out_map(p.layer)[:, p.head]  # [D, V]
-    W_U = at_least_fp32(model.unembedding[targets])  # [P, n, D]
-    to_stream, to_logits = W_O.T, W_U.mT
+    last, _ = model.run(p.stream, p.cache, first=layer)
+    gate, scale = (x[:, :, head] for x in block.mixer.gate_and_scale(o, s, rest))  # [P, 11, ·]
+    to_stream = model.out_map(layer)[:, head].T  # W_Oᵀ [V, D]
+    to_logits = at_least_fp32(model.unembedding[targets]).mT  # W_Uᵀ [P, D, n]
     delta_o = moved_reads(change, p.s)  # [P, 11, V]
     gates_alone = moved_reads(change, p.s._replace(erase_in=None, erase_out=None))
+    scaled = norm_slope(model.norm, at_least_fp32(last.x)) * (gate * scale * delta_o @ to_stream)
     rungs = {
         "three factors": gates_alone @ to_stream @ to_logits,  # [P, 11, n]
         "exact transition": delta_o @ to_stream @ to_logits,
         "gated": gate * delta_o @ to_stream @ to_logits,
+        "gated and scaled": scaled @ to_logits,
     }
-    delta_x = gate * scale * delta_o @ to_stream  # [P, 11, D]
-    final = norm_slope(model.norm, at_least_fp32(last.x))
-    rungs["gated and scaled"] = final * delta_x @ to_logits
-
-    other_heads = (0, 0, p.head, s.q.shape[2] - p.head - 1)
+    other_heads = (0, 0, head, s.q.shape[2] - head - 1)
     delta_o = F.pad(delta_o[:, :, None], other_heads)  # [P, 11, H, V]
     y, y_edited = (block.mixer.output(x, s, rest) for x in (o, o + delta_o))
     zero, one = delta_o.new_zeros(()), delta_o.new_ones(())
@@ -1130,7 +1062,7 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
 
     def exact_head(eps: Tensor) -> Tensor:  # the model from y on
         between = p.stream._replace(x=p.stream.x + y + eps * (y_edited - y))
-        after, _ = model.run(block.feed(between, cache)[0], p.cache, first=p.layer + 1)
+        after, _ = model.run(block.feed(between, cache)[0], p.cache, first=layer + 1)
         return pick(model.unembed(after))
 
     measured, three = full(one) - full(zero), rungs["three factors"]
@@ -1143,57 +1075,26 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     return torch.stack([rungs[name] for name in RUNGS], 1), measured
 
 
-def firings(p: Point, sae: WriteSAE, cosine_min: float) -> tuple[Tensor, Factored, Tensor]:
-    """Each passage's dominant atom [P], a A, and the passages where it fires, [n]."""
-    index, a, A = sae.dominant(p.state() if sae.cfg.get("source") == "state" else p.write())
-    fires = (a > 0) & (cosine(A, p.write()) >= cosine_min)
-    return index, A, fires.nonzero()[:, 0]
-
-
 @torch.no_grad()
-def ladder(
-    model: LanguageModel,
-    sae: WriteSAE,
-    tokens: Tensor,
-    layer: int,
-    head: int,
-    positions,
-    cosine_min: float,
-    eps: float = 0.1,
-    progress=iter,
-) -> Table:
-    """`logit_ladder` at every firing, for three edits: swap (a A in the write's place), delete (the
-    write taken out), small (the atom with norm eps added).
+def ladder(cell: Cell, eps: float = 0.1) -> Table:
+    """`logit_ladder` at every firing of the cell's SAE, for three edits: swap (a A in the write's
+    place), delete (the write taken out), small (the atom with norm eps added).
 
     Returns a row per firing: passage, position, index (the atom), and of each edit predicted_EDIT
     [N, 9, 11, 7] and measured_EDIT [N, 11, 7], for the tokens of RANKS. Raises InputError for none.
     """
-    parts = []
-    for p in points(model, tokens, layer, head, positions, progress=progress):
-        index, A, row = firings(p, sae, cosine_min)
-        if len(row) == 0:
-            continue
-        p = p._replace(
-            passage=p.passage[row],
-            stream=p.stream.rows(row),
-            cache=p.cache.rows(row),
-            s=p.s.rows(row),
-            logp=p.logp[row],
-        )
-        X, A = p.write(), A.rows(row)
+    at, parts = firings(cell, codes(cell)), []
+    for p, i in events(cell, at):
+        X, A = p.write(), atoms_at(cell, some_rows(at, i))
         size = inner(A, A).sqrt()
-        edits = dict(
-            swap=A.minus(X), delete=X.times(-torch.ones_like(size)), small=A.times(eps / size)
-        )
-        ranked = p.logp[:, 0].topk(max(RANKS)).indices  # [n, 50]
-        targets = ranked[:, torch.tensor(RANKS) - 1]
-        part = dict(passage=p.passage, position=torch.full_like(row, p.t), index=index[row])
+        edits = dict(swap=A.minus(X), delete=X.times(-torch.ones_like(size)))
+        edits["small"] = A.times(eps / size)
+        targets = p.logp[:, 0].topk(max(RANKS)).indices[:, torch.tensor(RANKS) - 1]  # [n, 7]
+        part = {name: at[name][i] for name in ("passage", "position", "index")}
         for name, change in edits.items():
             predicted, measured = logit_ladder(p, change, targets)
             part |= {"predicted_" + name: predicted, "measured_" + name: measured}
         parts.append(part)
-    if not parts:
-        raise InputError("no atom fires here: take more --passages or a lower --cosine-min")
     return stack(parts)
 
 
@@ -1205,15 +1106,10 @@ def agreement(y: Tensor, y_hat: Tensor) -> dict[str, float]:
     sign_agreement   share of equal signs
     """
     y, y_hat = y.double().flatten(), y_hat.double().flatten()
-    left = (y - y_hat).square().sum()
-    spread = (y - y.mean()).square().sum()
-    slope = (y * y_hat).sum() / y_hat.square().sum()
-    same_sign = y.sign() == y_hat.sign()
-    return dict(
-        r2=(1 - left / spread).item(),
-        slope=slope.item(),
-        sign_agreement=same_sign.double().mean().item(),
-    )
+    left, spread = (y - y_hat).square().sum(), (y - y.mean()).square().sum()
+    line = (y * y_hat).sum() / y_hat.square().sum()
+    same_sign = mean(y.sign() == y_hat.sign())
+    return dict(r2=(1 - left / spread).item(), slope=line.item(), sign_agreement=same_sign)
 
 
 def ladder_figures(table: Table) -> list[dict]:
@@ -1228,9 +1124,7 @@ def ladder_figures(table: Table) -> list[dict]:
     return rungs
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Steering: edits of the memory after which a token appears
-# --------------------------------------------------------------------------------------------------
+# ---- 7. Steering: edits of the memory after which a token appears ----------------------------------
 EDITED = 3  # positions edited: the prompt's last three
 NEW = 20  # tokens decoded after them
 KEY_SIDES = ("write", "read")
@@ -1242,7 +1136,7 @@ class Prompts(NamedTuple):
     """N prompts as the unedited model reads them. Edits go to C heads at their last n positions."""
 
     model: LanguageModel
-    cells: list[tuple[int, int]]  # the C heads, as (layer, head)
+    heads: list[tuple[int, int]]  # the C heads, as (layer, head)
     last: Tensor  # [N, n] the last tokens
     before: Cache  # before them
     after: Cache  # after them
@@ -1259,7 +1153,7 @@ class Prompts(NamedTuple):
         """
         n, edits = self.last.shape[1], []
         for t in range(n):
-            for c, (layer, head) in enumerate(self.cells):
+            for c, (layer, head) in enumerate(self.heads):
                 position = self.before.length + t
                 edits.append(Edit(layer, head, position, keys[:, t, c], values[:, t, c]))
         logits, cache = self.model(torch.cat([self.last, then], 1), self.before, edits)
@@ -1267,47 +1161,34 @@ class Prompts(NamedTuple):
 
 
 @torch.no_grad()
-def read_prompts(model: LanguageModel, tokens: Tensor, cells, n: int = EDITED) -> Prompts:
-    """Read prompts [N, T] natively, ready for edits of these (layer, head) cells at their last n
-    positions. Raises InputError for a cell that is none, and if prompts are not longer than n."""
-    for cell in cells:
-        model.check_cell(*cell)
-    if tokens.shape[1] <= n:
-        raise InputError(
-            f"the prompt has {tokens.shape[1]} tokens; its last {n} are edited, and "
-            "one must stand before them: give a longer one"
-        )
+def read_prompts(model: LanguageModel, tokens: Tensor, heads, n: int = EDITED) -> Prompts:
+    """Read prompts [N, T] natively, ready for edits of these (layer, head) pairs at their last n
+    positions. Raises InputError for a head that is none, and if prompts are not longer than n."""
+    for head in heads:
+        model.check_cell(*head)
+    length = tokens.shape[1]
+    require(length > n, f"the prompt has {length} tokens; its last {n} are edited, and one must "
+            "stand before them: give a longer one")  # fmt: skip
     last, (_, before) = tokens[:, -n:], model(tokens[:, :-n])
     logits, after = model(last, before)
     said, _ = model.generate(logits[:, -1], after, NEW)
     stream, inputs, gates = model.embed(last), [], []
     for i, block in enumerate(model.layers):
-        heads = [head for layer, head in cells if layer == i]
-        if heads:
+        chosen = [head for layer, head in heads if layer == i]
+        if chosen:
             o, s, rest = all_heads(block, stream, before.layers[i])
             gate, _ = block.mixer.gate_and_scale(o, s, rest)
-            inputs.append(s.heads(heads))
-            gates.append(gate[:, -1, heads])
+            inputs.append(s.heads(chosen))
+            gates.append(gate[:, -1, chosen])
         stream, _ = model.run(stream, before, first=i, last=i + 1)
     # simplification: heads of all layers have one size, so that they can stand side by side
     s = StepInputs(*(None if x[0] is None else torch.cat(x, 2) for x in zip(*inputs)))
-    return Prompts(
-        model,
-        sorted(cells),
-        last,
-        before,
-        after,
-        at_least_fp32(logits[:, -1]),
-        said,
-        s,
-        torch.cat(gates, 1),
-    )
+    first = at_least_fp32(logits[:, -1])
+    return Prompts(model, sorted(heads), last, before, after, first, said, s, torch.cat(gates, 1))
 
 
 @torch.no_grad()
-def draw_targets(
-    model: LanguageModel, tokens: Tensor, each: int, generator: torch.Generator
-) -> Table:
+def draw_targets(model: LanguageModel, tokens: Tensor, each: int, generator) -> Table:
     """Up to `each` targets of rank 100-1000 for the first new token, per prompt and stratum.
     tokens [P, T] -> a row per pair: prompt, target, stratum."""
     logits, _ = model(tokens)
@@ -1348,8 +1229,7 @@ def edit_keys(s: StepInputs, side: str) -> Tensor:
     it is large, ‖k‖‖v‖, so that a value's length is the edit's size in native writes."""
     unit = F.normalize(s.k, dim=-1)
     if side == "read":
-        n = s.q.shape[1]
-        unit = torch.stack([read_key(s.times(t)) for t in range(n)], 1)
+        unit = torch.stack([read_key(s.times(t)) for t in range(s.q.shape[1])], 1)
     size = s.k.norm(dim=-1) * s.v.norm(dim=-1)  # [N, n, C]
     return unit * size.unsqueeze(-1)
 
@@ -1363,6 +1243,11 @@ def sized(values: Tensor, size: float, budget: bool) -> Tensor:
     return values * (size / length.clamp_min(1e-30))
 
 
+def at_token(x: Tensor, token: Tensor) -> Tensor:
+    """Of numbers x [..., vocab] the token's [...], one for each place. -> [...]"""
+    return x.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
 def score(prompts: Prompts, keys: Tensor, values: Tensor, targets: Tensor, what: str) -> Tensor:
     """What values are to raise, [N]:
 
@@ -1374,8 +1259,8 @@ def score(prompts: Prompts, keys: Tensor, values: Tensor, targets: Tensor, what:
               probable at a step that is never reached.)
     """
     said = prompts.said if what == "memory" else prompts.said[:, :1]
-    logits, _ = prompts.read(keys, values, said[:, :-1])  # [N, m, vocab]
-    target = targets[:, None].expand_as(said)  # m = 20 or 1
+    logits, _ = prompts.read(keys, values, said[:, :-1])  # [N, m, vocab], m = 20 or 1
+    target = targets[:, None].expand_as(said)
     if what == "logit":
         return at_token(logits, target)[:, 0]
     log_p = logits.log_softmax(-1)
@@ -1406,7 +1291,7 @@ def formula_slopes(prompts: Prompts, keys: Tensor, targets: Tensor, gated: bool)
     for t in range(keys.shape[1]):
         gain, _ = propagate(keys[:, t], s.times(t))  # [N, n − t, C]
         gains.append(gain[:, -1])
-    W_O = torch.stack([model.out_map(layer)[:, head] for layer, head in prompts.cells])
+    W_O = torch.stack([model.out_map(layer)[:, head] for layer, head in prompts.heads])
     W_U = at_least_fp32(model.unembedding[targets])  # [N, D]
     seen = torch.einsum("nd,cdv->ncv", W_U, W_O)
     if gated:
@@ -1414,16 +1299,8 @@ def formula_slopes(prompts: Prompts, keys: Tensor, targets: Tensor, gated: bool)
     return torch.stack(gains, 1).unsqueeze(-1) * seen.unsqueeze(1)
 
 
-def steering_values(
-    prompts: Prompts,
-    keys: Tensor,
-    targets: Tensor,
-    kind: str,
-    size: float,
-    budget: bool,
-    generator: torch.Generator,
-    steps: int = 20,
-) -> Tensor:
+def steering_values(prompts: Prompts, keys: Tensor, targets: Tensor, kind: str, size: float,
+                    budget: bool, generator, steps: int = 20) -> Tensor:  # fmt: skip
     """The values of a prompt's edits, [N, n, C, V], `sized`:
 
     random             the control
@@ -1469,22 +1346,22 @@ def nats(prompts: Prompts, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.mT, tokens, reduction="none").mean(1)
 
 
-@torch.no_grad()
-def steer(
-    model: LanguageModel,
-    tokens: Tensor,
-    pairs: Table,
-    cells,
-    key: str = "read",
-    value: str | None = None,
-    size: float = 3.0,
-    budget: bool = False,
-    generator: torch.Generator | None = None,
-    n: int = EDITED,
-) -> Table:
-    """Edit the states of these cells at the last n tokens of prompts [P, T], decode 20 tokens.
+class Steering(NamedTuple):
+    """An edit: which heads, under which keys, which values, how large."""
 
-    pairs: `draw_targets`. value None: no edit. Returns a row per pair: the columns of pairs, and
+    heads: list[tuple[int, int]]  # (layer, head)
+    key: str = "read"  # one of KEY_SIDES
+    value: str | None = None  # one of VALUE_SIDES, "random", or None: no edit
+    size: float = 3.0  # of each edit in native writes,
+    budget: bool = False  # or of all of a prompt's together
+    n: int = EDITED  # at how many of the last positions
+
+
+@torch.no_grad()
+def steer(model: LanguageModel, tokens: Tensor, pairs: Table, edit: Steering, seed: int = 0) -> Table:
+    """Edit the states while the last tokens of prompts [P, T] are read, then decode 20 tokens.
+
+    pairs: `draw_targets`. Returns a row per pair: the columns of pairs, and
         said [20]        decoded greedily
         kept [20]        the same with the first token forced back to the unedited one: if the
                          target still comes, the edit is a memory
@@ -1495,31 +1372,26 @@ def steer(
         size             ‖S' − S‖ / ‖S‖ of all states at the prompt's end
     """
     parts, batch = [], max(1, BATCH_BYTES // (4 * NEW * model.vocab))
+    rng = torch.Generator().manual_seed(seed)
     for row in torch.arange(len(pairs["target"]), device=tokens.device).split(batch):
-        part = {name: x[row] for name, x in pairs.items()}
+        part = some_rows(pairs, row)
         target = part["target"]
-        prompts = read_prompts(model, tokens[part["prompt"]], cells, n)
+        prompts = read_prompts(model, tokens[part["prompt"]], edit.heads, edit.n)
         logits, after = prompts.logits[:, None], prompts.after
-        if value is not None:
-            keys = edit_keys(prompts.s, key)
-            values = steering_values(prompts, keys, target, value, size, budget, generator)
+        if edit.value is not None:
+            keys = edit_keys(prompts.s, edit.key)
+            how = edit.value, edit.size, edit.budget, rng
+            values = steering_values(prompts, keys, target, *how)
             logits, after = prompts.read(keys, values, prompts.said[:, :0])
         said, _ = model.generate(logits[:, -1], after, NEW)
         kept, later = forced(model, prompts.said[:, 0], after)
         log_p = torch.cat([logits, later], 1).log_softmax(-1)  # [n, 20, vocab]
         without, _ = forced(model, target, prompts.after)
-        parts.append(
-            part
-            | dict(
-                said=said,
-                kept=kept,
-                size=state_change(after, prompts.after),
-                log_p=at_token(log_p, target[:, None].expand_as(kept)),
-                logit=at_token(logits[:, 0], target),
-                nll=nats(prompts, said),
-                nll_forced=nats(prompts, without),
-            )
-        )
+        part |= dict(said=said, kept=kept, size=state_change(after, prompts.after))
+        part |= dict(logit=at_token(logits[:, 0], target), nll=nats(prompts, said))
+        part["log_p"] = at_token(log_p, target[:, None].expand_as(kept))
+        part["nll_forced"] = nats(prompts, without)
+        parts.append(part)
     return stack(parts)
 
 
@@ -1542,8 +1414,8 @@ def steering_figures(edited: Table, native: Table, random: Table) -> dict:
     """
     figures = dict(n_pairs=len(edited["target"]))
     for kind, table in dict(native=native, edited=edited, random=random).items():
-        figures[kind + "_rate"] = appears(table).double().mean().item()
-        figures[kind + "_persists_rate"] = persists(table).double().mean().item()
+        figures[kind + "_rate"] = mean(appears(table))
+        figures[kind + "_persists_rate"] = mean(persists(table))
         figures[kind + "_perplexity"] = table["nll"].mean().exp().item()
     kept = persists(edited)
     says = edited["kept"][kept, 1:] == edited["target"][kept, None]
@@ -1557,102 +1429,41 @@ def steering_figures(edited: Table, native: Table, random: Table) -> dict:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# 8. Erasing: an atom taken out where it fires
-# --------------------------------------------------------------------------------------------------
+# ---- 8. Erasing: an atom taken out where it fires -------------------------------------------------
 def every_second(file: Tensor) -> Tensor:
     """True for passages of every second file: there we choose, on the others we test. [P] -> [P]"""
     files = file.unique()
-    if len(files) < 2:
-        raise InputError(
-            "the text is one file; what is chosen on some files is tested on others, "
-            "so give a folder of them"
-        )
+    require(len(files) > 1, "the text is one file; what is chosen on some files is tested on others, "
+            "so give a folder of them")  # fmt: skip
     return torch.isin(file, files[::2])
 
 
 @torch.inference_mode()
-def promoted_tokens(
-    model: LanguageModel,
-    sae: WriteSAE,
-    tokens: Tensor,
-    file: Tensor,
-    layer: int,
-    head: int,
-    positions,
-    cosine_min: float,
-    n_atoms: int,
-    progress=iter,
-):
-    """The atoms that fire in most files of these passages, and the token that each promotes by
-    the formula alone, [n_atoms] each. No edit has a say in it: by the ladder's rung "gated" for a A
+def promoted_tokens(cell: Cell, at: Table, n_atoms: int) -> tuple[Tensor, Tensor]:
+    """Of these firings the atoms that fire in most files, and the token that each promotes by the
+    formula alone, [n_atoms] each. No edit has a say in it: by the rung "gated" for a A
 
         argmax_token ⟨W_U[token], W_O (gate_t · δo_t)⟩, on the mean over firings and eleven steps
     """
-    block, W_O = model.layers[layer], model.out_map(layer)[:, head]  # [D, V]
-    seen = W_O.new_zeros(int(file.max()) + 1, sae.n_atoms)  # in which files does an atom fire?
-    total = W_O.new_zeros(sae.n_atoms, W_O.shape[1])
-    for p in points(model, tokens, layer, head, positions, progress=progress):
-        index, A, row = firings(p, sae, cosine_min)
-        reads = all_heads(block, p.stream, p.cache.layers[layer])
-        gate, _ = block.mixer.gate_and_scale(*reads)
-        moved = (gate[:, :, head] * moved_reads(A, p.s)).mean(1)  # [P, V]
-        seen[file.to(row)[p.passage[row]], index[row]] = 1
-        total.index_add_(0, index[row], moved[row])
-    uses = seen.sum(0)
+    pairs = torch.stack([cell.file[at["passage"]], at["index"]]).unique(dim=1)  # (file, atom)
+    uses = torch.bincount(pairs[1], minlength=cell.sae.n_atoms)
     atoms = uses.topk(min(n_atoms, int((uses > 0).sum()))).indices
-    promoted = total[atoms] @ W_O.T @ at_least_fp32(model.unembedding).T  # [n_atoms, vocab]
-    return atoms, promoted.argmax(-1)
-
-
-def as_large_as(Y: Factored, X: Factored) -> Factored:
-    """X, with Y's norm."""
-    return X.times((inner(Y, Y) / inner(X, X)).sqrt())
-
-
-def erased(
-    p: Point,
-    sae: WriteSAE,
-    dominant: Tensor,
-    A: Factored,
-    row: Tensor,
-    token: Tensor,
-    generator: torch.Generator,
-) -> Table:
-    """The four changes of `erasure` at one point: dominant [P] atoms of its passages, A the n
-    firings a A, row [n] their passages, token [n] the tokens asked for -> n each."""
-    index = dominant[row]
-    shift = torch.randint(1, max(2, sae.n_atoms), row.shape, generator=generator)
-    other = (index + shift.to(index)) % sae.n_atoms
-    B = sae.decode(other[:, None], torch.ones_like(A.values[:, 0, :1]))
-    R = random_direction(p.write().rows(row), generator)
-    silent = dominant != index[:, None]  # [n, P]
-    lots = torch.rand(silent.shape, generator=generator).to(silent.device)
-    away = (lots * silent).argmax(1)  # one of the silent ones each
-    out = dict(atom=A, random=as_large_as(A, R), other=as_large_as(A, B), elsewhere=A)
-    changes = {}
-    for name, X in out.items():
-        where = away if name == "elsewhere" else row
-        change = p.branch(X._replace(values=-X.values), where) - p.logp[where]
-        changes[name] = at_token(change, token[:, None].expand(-1, HORIZONS)).mean(1)
-    changes["elsewhere"][~silent.any(1)] = math.nan  # the atom fires everywhere
-    return changes
+    at = some_rows(at, torch.isin(at["index"], atoms))
+    W_O = cell.model.out_map(cell.layer)[:, cell.head]  # [D, V]
+    total = W_O.new_zeros(len(uses), W_O.shape[1])  # per atom
+    for p, i in events(cell, at):
+        block = cell.model.layers[cell.layer]
+        reads = all_heads(block, p.stream, p.cache.layers[cell.layer])
+        gate, _ = block.mixer.gate_and_scale(*reads)
+        part = some_rows(at, i)
+        moved = gate[:, :, cell.head] * moved_reads(atoms_at(cell, part), p.s)  # [n, 11, V]
+        total.index_add_(0, part["index"].to(total.device), moved.mean(1))
+    promoted = total[atoms] @ W_O.T @ at_least_fp32(cell.model.unembedding).T  # [n_atoms, vocab]
+    return atoms, promoted.argmax(-1).cpu()
 
 
 @torch.inference_mode()
-def erasure(
-    model: LanguageModel,
-    sae: WriteSAE,
-    tokens: Tensor,
-    layer: int,
-    head: int,
-    positions,
-    file: Tensor,
-    generator: torch.Generator,
-    cosine_min: float,
-    n_atoms: int = 20,
-    progress=iter,
-) -> Table:
+def erasure(cell: Cell, n_atoms: int = 20) -> Table:
     """Does an atom promote a token? Take it out where it fires, and see whether that token falls.
 
     Atoms and tokens are chosen in every second file (`promoted_tokens`). In the others, at each
@@ -1663,48 +1474,39 @@ def erasure(
         elsewhere    a A at the same position of another passage, where the atom does not fire
     Since no edit had a say in the token, `random` is centred on zero.
 
-    tokens [P, T], file [P] the file each is from. Returns a row per firing: passage, file,
-    position, index (the atom), promoted (the token), and for each of the four the change of the
-    token's log p in nats, the mean over the write's step and the ten after it. Raises InputError
-    for a text of one file, and for no firings.
+    Returns a row per firing: passage, file, position, index (the atom), promoted (the token), and
+    for each of the four the change of the token's log p in nats, the mean over the write's step and
+    the ten after it. Raises InputError for a text of one file, and for no firings.
     """
-    choosing = every_second(file)
-    chosen_in, tested = choosing.nonzero()[:, 0], (~choosing).nonzero()[:, 0]
-    atoms, promoted = promoted_tokens(
-        model,
-        sae,
-        tokens[chosen_in],
-        file[chosen_in],
-        layer,
-        head,
-        positions,
-        cosine_min,
-        n_atoms,
-        progress,
-    )
-    parts = []
-    for p in points(model, tokens[tested], layer, head, positions, progress=progress):
-        dominant, all_A, row = firings(p, sae, cosine_min)
-        row = row[torch.isin(dominant[row], atoms)]
-        if len(row) == 0:
-            continue
-        token = promoted[(dominant[row, None] == atoms).int().argmax(1)]  # [n]
-        part = dict(
-            passage=p.passage[row],
-            position=torch.full_like(row, p.t),
-            index=dominant[row],
-            promoted=token,
-        )
-        part |= erased(p, sae, dominant, all_A.rows(row), row, token, generator)
-        parts.append(part)
-    if not parts:
-        raise InputError(
-            "no atom fires in both halves of the files: take more --passages or a "
-            "lower --cosine-min"
-        )
-    table = stack(parts)
-    passage = tested[table["passage"]]
-    return table | dict(passage=passage, file=file[passage])
+    choosing, table = every_second(cell.file), codes(cell)
+    at = firings(cell, table)
+    chosen = choosing[at["passage"]]
+    atoms, promoted = promoted_tokens(cell, some_rows(at, chosen), n_atoms)
+    at = some_rows(at, ~chosen & torch.isin(at["index"], atoms))
+    N, sae = len(at["index"]), cell.sae
+    require(N > 0, "no atom fires in both halves of the files: take more --passages")
+    at["promoted"] = promoted[(at["index"][:, None] == atoms).int().argmax(1)]
+    at["file"] = cell.file[at["passage"]]
+    dominant = table["index"].view(len(cell.tokens), -1)[:, at["position"]]  # [passages, N]
+    silent = (dominant != at["index"]) & ~choosing[:, None]
+    lots = torch.rand(silent.shape, generator=cell.rng)
+    A = atoms_at(cell, at)
+    shift = torch.randint(1, max(2, sae.n_atoms), (N,), generator=cell.rng)
+    B = atoms_at(cell, at | dict(index=(at["index"] + shift) % sae.n_atoms))
+    R = random_direction(A, cell.rng)
+    out = dict(atom=A, random=as_large_as(A, R), other=as_large_as(A, B), elsewhere=A)
+    for name, X in out.items():
+        where = at
+        if name == "elsewhere":
+            where = at | dict(passage=(lots * silent).argmax(0))
+        at[name] = at_token(taken_out(cell, where, X), at["promoted"])
+    at["elsewhere"][~silent.any(0)] = math.nan  # the atom fires everywhere
+    return at
+
+
+def as_large_as(Y: Factored, X: Factored) -> Factored:
+    """X, with Y's norm."""
+    return X.times((inner(Y, Y) / inner(X, X)).sqrt())
 
 
 def erasure_figures(table: Table, generator: torch.Generator) -> dict:
@@ -1715,72 +1517,21 @@ def erasure_figures(table: Table, generator: torch.Generator) -> dict:
     for name, column in columns.items():
         x = table[column].double()
         x = x[x.isfinite()]
-        figures |= {
-            name + "_median": x.median().item(),
-            name + "_mean": x.mean().item(),
-            name + "_falls": (x < 0).double().mean().item(),
-        }
+        figures[name + "_median"], figures[name + "_mean"] = x.median().item(), mean(x)
+        figures[name + "_falls"] = mean(x < 0)
     effect = table["atom"] - table["random"]
-    return figures | dict(
-        effect=effect.double().mean().item(),
-        effect_ci95=cluster_bootstrap(effect, table["file"], generator),
-    )
+    figures["effect"] = mean(effect)
+    return figures | dict(effect_ci95=cluster_bootstrap(effect, table["file"], generator))
 
 
-# --------------------------------------------------------------------------------------------------
-# 9. A population of atoms
-# --------------------------------------------------------------------------------------------------
-@torch.inference_mode()
-def codes(
-    model: LanguageModel, sae: WriteSAE, tokens: Tensor, layer: int, head: int, progress=iter
-) -> Table:
-    """The dominant atom of every write of a text. tokens [n, T] -> a row per token: passage,
-    position, token, index, a, cosine (of a A and the write)."""
-    parts = []
-    for passage in progress(torch.arange(len(tokens)).split(8)):
-        (X,) = collect(model, tokens[passage], layer, [head])
-        index, a, A = sae.dominant(X)
-        n, T = tokens[passage].shape
-        parts.append(
-            dict(
-                passage=passage.repeat_interleave(T),
-                position=torch.arange(T).repeat(n),
-                token=tokens[passage].flatten(),
-                index=index,
-                a=a,
-                cosine=cosine(A, X),
-            )
-        )
-    return stack(parts)
-
-
-@torch.inference_mode()
-def taken_out(
-    model: LanguageModel,
-    sae: WriteSAE,
-    tokens: Tensor,
-    layer: int,
-    head: int,
-    at: Table,
-    progress=iter,
-) -> Tensor:
-    """What every token loses if a A is taken out of the state at each row of `at` (`codes`): change
-    of its log-probability in nats, the mean over the write's step and the ten after it. -> [N,
-    vocab]
-    """
-    moved = torch.zeros(len(at["a"]), model.vocab)
-    for p in points(
-        model, tokens, layer, head, at["position"].unique().tolist(), progress=progress
-    ):
-        here = (at["position"] == p.t) & torch.isin(at["passage"], p.passage.cpu())
-        events = here.nonzero()[:, 0]
-        if len(events) == 0:
-            continue
-        row = (at["passage"][events] - p.passage[0].cpu()).to(tokens.device)
-        index, a = at["index"][events, None], at["a"][events, None]
-        A = sae.decode(index.to(tokens.device), -a.to(tokens.device))
-        moved[events] = (p.branch(A, row) - p.logp[row]).mean(1).cpu()
-    return moved
+# ---- 9. A population of atoms ---------------------------------------------------------------------
+def token_shares(at: Table) -> tuple[Tensor, Tensor, Tensor]:
+    """Of firings (`codes`) the atoms, how often each fires, and the share of its firings that are
+    on its most frequent token: [n] each."""
+    atoms, which, uses = at["index"].unique(return_inverse=True, return_counts=True)
+    pairs, n = torch.stack([which, at["token"]]).unique(dim=1, return_counts=True)
+    most = torch.zeros(len(atoms)).scatter_reduce_(0, pairs[0], n.float(), "amax")
+    return atoms, uses, most / uses
 
 
 def population_figures(table: Table, cosine_min: float) -> dict:
@@ -1791,22 +1542,17 @@ def population_figures(table: Table, cosine_min: float) -> dict:
     groups         `two_gaussians` of the atoms' mean cosines with their writes: the paper's
                    registers (the nearer group) and bundles
     """
-    here = (table["a"] > 0) & (table["cosine"] >= cosine_min)
-    atoms, which, uses = table["index"][here].unique(return_inverse=True, return_counts=True)
+    dominant = some_rows(table, table["a"] > 0)
+    atoms, uses, share = token_shares(some_rows(dominant, dominant["cosine"] >= cosine_min))
     often = uses >= 5
-    purity = [
-        table["token"][here][which == i].bincount().max().item() / uses[i].item()
-        for i in often.nonzero()[:, 0].tolist()
-    ]
-    dominant = table["a"] > 0
-    alive, group, n = table["index"][dominant].unique(return_inverse=True, return_counts=True)
-    mean_cosine = torch.bincount(group, table["cosine"][dominant].double(), len(alive)) / n
+    _, which, n = dominant["index"].unique(return_inverse=True, return_counts=True)
+    mean_cosine = torch.bincount(which, dominant["cosine"].double()) / n
     return dict(
-        n_firings=int(here.sum()),
+        n_firings=int(uses.sum()),
         n_atoms=len(atoms),
         n_atoms_often=int(often.sum()),
-        often_share=(uses[often].sum() / max(1, int(here.sum()))).item(),
-        token_purity=sum(purity) / len(purity) if purity else math.nan,
+        often_share=(uses[often].sum() / uses.sum().clamp_min(1)).item(),
+        token_purity=mean(share[often]),
         groups=two_gaussians(mean_cosine[n >= 5]),
     )
 
@@ -1816,7 +1562,7 @@ def two_gaussians(x: Tensor, steps: int = 500) -> dict:
 
     Returns n, mean and deviation of both, the nearer to 1 first, and delta_bic, BIC of two minus
     BIC of one, where BIC = parameters · log N − 2 log likelihood: negative if two are worth their
-    parameters.
+    parameters. NaN for fewer than ten.
     """
     if len(x) < 10:
         return dict(n=[0, 0], mean=[math.nan] * 2, deviation=[math.nan] * 2, delta_bic=math.nan)
@@ -1824,22 +1570,20 @@ def two_gaussians(x: Tensor, steps: int = 500) -> dict:
     upper = (x > x.median()).double()
     share = torch.stack([upper, 1 - upper])  # [2, N] how far each x belongs to each
     for _ in range(steps):
-        weight = share.sum(1) / len(x)
-        mean = (share @ x) / share.sum(1)
-        deviation = (
-            ((share * (x - mean[:, None]).square()).sum(1) / share.sum(1)).sqrt().clamp_min(1e-3)
-        )
-        log_density = weight.log()[:, None] + log_normal(x, mean[:, None], deviation[:, None])
+        total = share.sum(1)
+        centre = (share @ x) / total
+        spread = (share * (x - centre[:, None]).square()).sum(1) / total
+        deviation = spread.sqrt().clamp_min(1e-3)
+        prior = (total / len(x)).log()[:, None]
+        log_density = prior + log_normal(x, centre[:, None], deviation[:, None])
         share = log_density.softmax(0)
     one = log_normal(x, x.mean(), x.std(correction=0)).sum()
     two = log_density.logsumexp(0).sum()
-    order = mean.argsort(descending=True)
-    return dict(
-        n=(weight[order] * len(x)).round().int().tolist(),
-        mean=mean[order].tolist(),
-        deviation=deviation[order].tolist(),
-        delta_bic=((5 - 2) * math.log(len(x)) - 2 * (two - one)).item(),
-    )
+    order = centre.argsort(descending=True)
+    n = total[order].round().int().tolist()
+    delta_bic = (5 - 2) * math.log(len(x)) - 2 * (two - one).item()
+    groups = dict(mean=centre[order].tolist(), deviation=deviation[order].tolist())
+    return dict(n=n) | groups | dict(delta_bic=delta_bic)
 
 
 def log_normal(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
@@ -1848,47 +1592,26 @@ def log_normal(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def passage_test(
-    model: LanguageModel,
-    sae: WriteSAE,
-    tokens: Tensor,
-    layer: int,
-    head: int,
-    positions,
-    cosine_min: float,
-    generator: torch.Generator,
-    progress=iter,
-) -> Table:
+def passage_test(cell: Cell) -> Table:
     """All firings of a passage at once: bits per token (over the tokens after the first position)
     of the unmodified model (native), with their writes deleted, with their atoms in the writes'
-    places, and with random rank-1 matrices of the writes' norms there. tokens [n, T] -> a row per
-    passage.
-    """
-    parts = []
-    for batch in progress(tokens.split(16)):
-        n, T = batch.shape
-        (X,) = collect(model, batch, layer, [head])
-        _, a, A = sae.dominant(X)
-        fires = (a > 0) & (cosine(A, X) >= cosine_min)
-        R = random_direction(X, generator).times(inner(X, X).sqrt())
+    places, and with random rank-1 matrices of the writes' norms there. -> a row per passage."""
+    parts, positions = [], list(cell.positions)
+    for tokens in cell.progress(cell.tokens.split(16)):
+        (n, T), start = tokens.shape, positions[0]
+        (X,) = collect(cell.model, tokens, cell.layer, [cell.head])
+        _, a, A = cell.sae.dominant(X)
+        fires = (a > 0) & (cosine(A, X) >= cell.sae.cfg["cosine_min"])
+        R = random_direction(X, cell.rng).times(inner(X, X).sqrt())
         part = dict(firings=fires.view(n, T)[:, positions].sum(1))
         for name, Y in dict(native=X, delete=X.times(0 * a), atom=A, random=R).items():
             change = Y.minus(X).times(fires.to(a.dtype))  # nothing where no atom fires
-            edits = [
-                Edit(
-                    layer,
-                    head,
-                    t,
-                    change.keys.unflatten(0, (n, T))[:, t, r],
-                    change.values.unflatten(0, (n, T))[:, t, r],
-                )
-                for t in positions
-                for r in range(change.keys.shape[1])
-            ]
-            logits, _ = model(batch, edits=() if name == "native" else edits)
-            nats = F.cross_entropy(
-                logits[:, positions[0] : -1].mT, batch[:, positions[0] + 1 :], reduction="none"
-            )
+            keys, values = (x.unflatten(0, (n, T)) for x in change)  # [n, T, r, ·]
+            edits = [Edit(cell.layer, cell.head, t, keys[:, t, r], values[:, t, r])
+                     for t in positions for r in range(keys.shape[2])]  # fmt: skip
+            logits, _ = cell.model(tokens, edits=() if name == "native" else edits)
+            targets = tokens[:, start + 1 :]
+            nats = F.cross_entropy(logits[:, start:-1].mT, targets, reduction="none")
             part["bits_" + name] = nats.mean(1) / math.log(2)
         parts.append(part)
     return stack(parts)
