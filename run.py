@@ -333,7 +333,9 @@ def check_sae(sae: WriteSAE, cell: Cell, path: str, args):
         expected["n_atoms"] = args.atoms
     for key, value in expected.items():
         theirs, advice = sae.cfg.get(key), f"give an SAE of {cell_name(cell)}, or leave --sae out"
-        require(theirs == value, f"{path}: this SAE has {key} {theirs}, here it is {value}; {advice}")
+        require(
+            theirs == value, f"{path}: this SAE has {key} {theirs}, here it is {value}; {advice}"
+        )
 
 
 def find_sae(cell: Cell, corpus: Corpus, args) -> WriteSAE:
@@ -355,9 +357,9 @@ def find_sae(cell: Cell, corpus: Corpus, args) -> WriteSAE:
 
 # ---- One driver for all experiments --------------------------------------------------------------
 class Experiment(NamedTuple):
-    """An experiment is measure(cell, corpus, args) -> (figures, table); the driver does the rest."""
+    """What a command measures on a cell, and how it is shown; the driver does the rest."""
 
-    measure: Callable  # figures: a dict, or a list, for JSON; table: a row per tested thing
+    measure: Callable  # (cell, corpus, args) -> figures, a dict or a list of them, and a table
     columns: dict[str, str]  # heading -> format string over a row, "-" where it lacks it
     rows: Callable  # figures of a cell, a list -> the printed rows, a list of dicts
     legend: str  # printed above the table
@@ -488,7 +490,9 @@ def run_experiment(args) -> int:
         if experiment.needs_sae:
             cell = cell._replace(sae=find_sae(cell, corpus, args))
         what, text = f"{args.command} {cell_name(cell)}", args.text or "held-out text"
-        say(f"{what}: {len(cell.tokens)} passages of {text}, {cell.tokens.device}, seed {args.seed}")
+        say(
+            f"{what}: {len(cell.tokens)} passages of {text}, {cell.tokens.device}, seed {args.seed}"
+        )
         began, name = time.time(), dict(model=cell.model.name, layer=cell.layer, head=cell.head)
         figures, table = experiment.measure(cell, corpus, args)
         results = [name | f for f in (figures if isinstance(figures, list) else [figures])]
@@ -707,7 +711,10 @@ def draw_formula(results: list[dict], tables: list[Table]):
         limit = measured.abs().quantile(0.995).item()
         for name in ("three factors, fitted", "direct path", "full Jacobian"):
             i = names.index(name)
-            predicted, label = table["predicted_swap"][:, i], f"{name}: R² {r['rungs'][i]['r2']:.2f}"
+            predicted, label = (
+                table["predicted_swap"][:, i],
+                f"{name}: R² {r['rungs'][i]['r2']:.2f}",
+            )
             dots(axis, predicted.flatten(), measured, label)
         axis.axline((0, 0), slope=1, color="black", linewidth=0.7)
         axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xlabel="predicted (nats)")
@@ -728,7 +735,9 @@ def edited_heads(cell: Cell, reach: str) -> list[tuple[int, int]]:
     if reach == "head":
         return [(cell.layer, cell.head)]
     layers = cell.model.recurrent_layers if reach == "all" else [cell.layer]
-    return [(layer, head) for layer in layers for head in range(cell.model.layers[layer].mixer.heads)]
+    return [
+        (layer, head) for layer in layers for head in range(cell.model.layers[layer].mixer.heads)
+    ]
 
 
 def by_stratum(edited: Table, native: Table, random: Table) -> list[dict]:
@@ -969,7 +978,9 @@ def describe(cell: Cell, corpus: Corpus, at: Table) -> dict:
     decode, contexts = corpus.tokenizer.decode, {}
     for passage, t in zip(at["passage"].tolist(), at["position"].tolist()):
         ids = cell.tokens[passage].tolist()
-        marked = f"{decode(ids[max(0, t - 12) : t])}⟦{decode([ids[t]])}⟧{decode(ids[t + 1 : t + 7])}"
+        marked = (
+            f"{decode(ids[max(0, t - 12) : t])}⟦{decode([ids[t]])}⟧{decode(ids[t + 1 : t + 7])}"
+        )
         contexts.setdefault(int(cell.file[passage]), marked)  # the first of each file
     counts = at["token"].bincount()
     return dict(

@@ -86,10 +86,11 @@ def matrix_of(X: Tensor) -> Factored:
 
 def inner(X: Factored, Y: Factored) -> Tensor:
     """⟨X, Y⟩ = Σ_rs (keys_r · keys'_s)(values_r · values'_s) -> [...]; inner(X, X) is ‖X‖²."""
-    K = X.keys.shape[-1]
-    if max(X.keys.shape[-2], Y.keys.shape[-2]) > K:  # then the matrices are the cheaper form
+    rank, K = max(X.keys.shape[-2], Y.keys.shape[-2]), X.keys.shape[-1]
+    if rank > K:  # then the matrices are the cheaper form
         return (X.matrix() * Y.matrix()).sum((-2, -1))
-    return ((X.keys @ Y.keys.mT) * (X.values @ Y.values.mT)).sum((-2, -1))
+    products = (X.keys @ Y.keys.mT) * (X.values @ Y.values.mT)
+    return products.sum((-2, -1))
 
 
 def cosine(X: Factored, Y: Factored) -> Tensor:
@@ -129,7 +130,9 @@ class Bank(nn.Module):
         For a write and rank 1 it is (key_i · k)(value_i · v): K + V products instead of K·V.
         """
         if X.keys.shape[1] == 1 and self.keys.shape[1] == 1:
-            return (X.keys[:, 0] @ self.keys[:, 0].T) * (X.values[:, 0] @ self.values[:, 0].T)
+            of_keys = X.keys[:, 0] @ self.keys[:, 0].T
+            of_values = X.values[:, 0] @ self.values[:, 0].T
+            return of_keys * of_values
         matrices = self.keys.mT @ self.values  # [n, K, V]
         return X.matrix().flatten(1) @ matrices.flatten(1).T
 
@@ -196,18 +199,28 @@ class WriteSAE(nn.Module):
     unknown setting or an impossible number of active atoms.
     """
 
-    def __init__(self, n_atoms: int, K: int, V: int, active: int = 1, encoder: str = "tied",
-                 decoder: str = "rank1", sparsity: str = "topk", centred: bool = False,
-                 source: str = "write", cosine_min: float = 0.71, **cfg):  # fmt: skip
+    def __init__(
+        self,
+        n_atoms: int,
+        K: int,
+        V: int,
+        active: int = 1,
+        encoder: str = "tied",
+        decoder: str = "rank1",
+        sparsity: str = "topk",
+        centred: bool = False,
+        source: str = "write",
+        cosine_min: float = 0.71,
+        **cfg,
+    ):
         super().__init__()
-        known = encoder in ENCODERS and decoder in DECODERS and sparsity in SPARSITIES
-        allowed = " / ".join(", ".join(names) for names in (ENCODERS, DECODERS, SPARSITIES))
-        require(known, f"SAE {encoder}/{decoder}/{sparsity}: allowed are {allowed}")
+        kinds = dict(encoder=encoder, decoder=decoder, sparsity=sparsity)
+        for (name, kind), allowed in zip(kinds.items(), (ENCODERS, DECODERS, SPARSITIES)):
+            require(kind in allowed, f"SAE {name} {kind}: allowed are {', '.join(allowed)}")
         possible = 1 <= active <= n_atoms
         require(possible, f"{active} active atoms of {n_atoms}: allowed are 1 to {n_atoms}")
-        self.cfg = dict(n_atoms=n_atoms, K=K, V=V, active=active, encoder=encoder, decoder=decoder,
-                        sparsity=sparsity, centred=centred, source=source, cosine_min=cosine_min,
-                        **cfg)  # fmt: skip
+        self.cfg = dict(n_atoms=n_atoms, K=K, V=V, active=active) | kinds
+        self.cfg |= dict(centred=centred, source=source, cosine_min=cosine_min) | cfg
         self.n_atoms, self.active, self.sparsity = n_atoms, active, sparsity
         # simplification: batchtopk and jumprelu give an input at most four times `active` atoms
         self.most = active if sparsity in ("topk", "pursuit") else min(n_atoms, 4 * active)
@@ -250,7 +263,12 @@ class WriteSAE(nn.Module):
         return index, a
 
     def assemble(self, index: Tensor, a: Tensor) -> Factored:
-        """Σ a_i A_i in the SAE's coordinates: index, a [N, m] -> factors of rank m · rank."""
+        """Σ a_i A_i in the SAE's coordinates: index, a [N, m] -> N matrices as factors of rank
+        m · rank; of flat atoms whole, rank K."""
+        if self.atoms.fixed:
+            A = self.atoms.values  # [n_atoms, K, V]
+            every = a.new_zeros(len(a), self.n_atoms).scatter(1, index, a)
+            return matrix_of((every @ A.flatten(1)).unflatten(1, A.shape[1:]))
         A = self.atoms.at(index).times(a)  # [N, m, rank, ·]
         return Factored(A.keys.flatten(1, 2), A.values.flatten(1, 2))
 
@@ -365,19 +383,22 @@ def untrained(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Generator) -
     Same size and metric as sae; tied, one factor, the same number active. k [N, K], v [N, V]:
     writes of the training text. What sae does better than this one is what learning added.
     """
-    settings = sae.cfg | dict(encoder="tied", decoder="rank1", sparsity="topk", centred=False)
-    null = WriteSAE(**settings).to(k.device)
-    set_metric(null, sae.to_k @ sae.to_k.T, sae.to_v @ sae.to_v.T)
-    drawn = torch.randint(len(k), (sae.n_atoms,), generator=generator).to(k.device)
-    null.start(torch.arange(sae.n_atoms), null.see(write_of(k[drawn], v[drawn])))
+    settings = dict(encoder="tied", decoder="rank1", sparsity="topk", centred=False)
+    null = WriteSAE(**sae.cfg | settings).to(k.device)
+    M_k, M_v = sae.to_k @ sae.to_k.T, sae.to_v @ sae.to_v.T
+    set_metric(null, M_k, M_v)
+    drawn = torch.randint(len(k), (sae.n_atoms,), generator=generator)
+    drawn = drawn.to(k.device)
+    X = null.see(write_of(k[drawn], v[drawn]))
+    null.start(torch.arange(sae.n_atoms), X)
     return null.requires_grad_(False)
 
 
 @torch.no_grad()
 def set_metric(sae: WriteSAE, M_k: Tensor, M_v: Tensor):
-    """From now on sae measures ⟨X, Y⟩ = tr(M_k X M_v Yᵀ), M_k [K, K], M_v [V, V] symmetric positive
-    definite. With M = L Lᵀ it is the Frobenius product of L_kᵀ X L_v and L_kᵀ Y L_v: keys are turned
-    by L_k and values by L_v, and nothing else in coding or training knows of a metric."""
+    """From now on sae measures ⟨X, Y⟩ = tr(M_k X M_v Yᵀ); M_k [K, K], M_v [V, V] symmetric positive
+    definite. With M = L Lᵀ it is the Frobenius product of L_kᵀ X L_v and L_kᵀ Y L_v: turn keys by
+    L_k and values by L_v, and nothing else in coding or training knows of a metric."""
     sae.to_k.copy_(torch.linalg.cholesky(M_k))
     sae.to_v.copy_(torch.linalg.cholesky(M_v))
 
@@ -394,9 +415,16 @@ def best_atom(keys: Tensor, values: Tensor, x: Tensor, y: Tensor, rows: int = 12
 
 
 @torch.no_grad()
-def fit_alternating(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Generator,
-                    steps: int = 24, sample: int = 100_000, memory: float = 0.75,
-                    progress=iter) -> list[float]:  # fmt: skip
+def fit_alternating(
+    sae: WriteSAE,
+    k: Tensor,
+    v: Tensor,
+    generator: torch.Generator,
+    steps: int = 24,
+    sample: int = 100_000,
+    memory: float = 0.75,
+    progress=iter,
+) -> list[float]:
     """Code each write by one atom, with closed-form updates: k-means whose centres are rank-1.
 
     With one active atom, tied, the loss on a unit write is ‖X − aA‖² = 1 − a². Each step draws
@@ -445,9 +473,18 @@ def fit_alternating(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Genera
     return history
 
 
-def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: int = 2000,
-                 batch: int = 1024, lr: float = 1e-3, k_aux: int = 64, dead_after: int = 100_000,
-                 resample_every: int = 400, progress=iter) -> list[float]:  # fmt: skip
+def fit_gradient(
+    sae: WriteSAE,
+    X: Factored,
+    generator: torch.Generator,
+    steps: int = 2000,
+    batch: int = 1024,
+    lr: float = 1e-3,
+    k_aux: int = 64,
+    dead_after: int = 100_000,
+    resample_every: int = 400,
+    progress=iter,
+) -> list[float]:
     """Adam on the reconstruction error ‖X − X̂‖² of unit inputs, for every setting and source.
 
     The error comes from products of factors, no K x V matrix is formed. An atom is dead once
@@ -466,16 +503,14 @@ def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: 
         return X.rows(torch.randint(len(X.keys), (n,), generator=generator).to(X.keys.device))
 
     sae.start(torch.arange(sae.n_atoms), draw(sae.n_atoms))
-    if sae.threshold is not None:  # the one that `active` atoms pass on the average
-        scores = sae.readers.products(draw(batch)).relu().flatten()
-        sae.threshold.data.fill_(scores.topk(sae.active * batch).values[-1].item())
+    if sae.threshold is not None:
+        set_threshold(sae, draw(batch))
     optimiser = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr)
     silent = torch.zeros(sae.n_atoms, device=X.keys.device)  # samples since an atom was active
     history = []
     for step in progress(range(steps)):
-        for group in optimiser.param_groups:  # warm-up, then a cosine to a tenth
-            decay = 0.55 + 0.45 * math.cos(math.pi * step / steps)
-            group["lr"] = lr * min(1, (step + 1) / 50) * decay
+        decay = 0.55 + 0.45 * math.cos(math.pi * step / steps)  # a cosine to a tenth
+        optimiser.param_groups[0]["lr"] = lr * min(1, (step + 1) / 50) * decay  # after a warm-up
         x = draw(batch)
         index, a = sae.select(sae.readers.products(x), training=True)
         R = x.minus(sae.assemble(index, a))
@@ -494,29 +529,37 @@ def fit_gradient(sae: WriteSAE, X: Factored, generator: torch.Generator, steps: 
         optimiser.step()
         sae.atoms.normalise()
         if (step + 1) % resample_every == 0 and step + resample_every < steps:
-            worst = error.argsort(descending=True)[: len(dead)]
-            restarted = dead[: len(worst)]
-            sae.start(restarted, R.rows(worst))
-            forget(optimiser, restarted, sae.n_atoms)
-            silent[restarted] = 0
+            silent[restart(sae, optimiser, dead, R, error)] = 0
         history.append(error.mean().item())
     return history
+
+
+def set_threshold(sae: WriteSAE, X: Factored):
+    """The threshold that `active` atoms pass on the average over the unit inputs X."""
+    scores = sae.readers.products(X).relu().flatten()
+    sae.threshold.data.fill_(scores.topk(sae.active * len(X.keys)).values[-1].item())
 
 
 def auxiliary_loss(sae: WriteSAE, R: Factored, dead: Tensor, k_aux: int) -> Tensor:
     """The share of the residual R's energy that the k_aux best of the dead atoms leave."""
     R = Factored(R.keys.detach(), R.values.detach())
-    scores, best = sae.readers.products(R)[:, dead].relu().topk(min(k_aux, len(dead)))
-    left = R.minus(sae.assemble(dead[best], scores))
+    scores = sae.readers.products(R)[:, dead].relu()
+    a, best = scores.topk(min(k_aux, len(dead)))
+    left = R.minus(sae.assemble(dead[best], a))
     return inner(left, left).mean() / inner(R, R).mean()
 
 
-def forget(optimiser: torch.optim.Adam, atoms: Tensor, n_atoms: int):
-    """Clear Adam's running means of these atoms' parameters."""
+def restart(sae: WriteSAE, optimiser, dead: Tensor, R: Factored, error: Tensor) -> Tensor:
+    """Put dead atoms at the inputs with the largest errors (their residuals R), and clear Adam's
+    running means of them. Returns which were put there."""
+    worst = error.argsort(descending=True)[: len(dead)]
+    restarted = dead[: len(worst)]
+    sae.start(restarted, R.rows(worst))
     for parameter, memory in optimiser.state.items():
-        if len(parameter) == n_atoms:
-            memory["exp_avg"][atoms] = 0
-            memory["exp_avg_sq"][atoms] = 0
+        if len(parameter) == sae.n_atoms:
+            memory["exp_avg"][restarted] = 0
+            memory["exp_avg_sq"][restarted] = 0
+    return restarted
 
 
 # ---- 4. The engine: a native run, a change of one head's state, and what the predictions say then
@@ -572,9 +615,9 @@ class Point(NamedTuple):
         return self.state() if sae.cfg["source"] == "state" else self.write()
 
     def stand_in(self, sae: WriteSAE) -> tuple[Tensor, Tensor, Factored, Tensor]:
-        """For every passage's write: the dominant atom [P], its coefficient a, a A, and the cosine of
-        a A and the write. (A state's coefficient is a state's size. With scale "least-squares" in
-        its cfg the atom takes the size that fits the write.)"""
+        """For every passage's write: the dominant atom [P], its coefficient a, a A, and the cosine
+        of a A and the write. (A state's coefficient is a state's size. With scale "least-squares"
+        in the SAE's cfg the atom takes the size that fits the write.)"""
         X = self.write()
         index, a, A = sae.dominant(self.coded(sae))
         if sae.cfg.get("scale") == "least-squares":
@@ -588,11 +631,12 @@ class Point(NamedTuple):
         Each of the r factors is one rank-1 edit. Nothing below the edited layer and nothing before
         t runs again.
         """
-        stream, cache, (model, layer, head) = self.stream, self.cache, self.cell[:3]
+        model, layer, head = self.cell[:3]
+        stream, cache, edits = self.stream, self.cache, []
         if row is not None:
             stream, cache = stream.rows(row), cache.rows(row)
-        pairs = zip(change.keys.unbind(1), change.values.unbind(1))
-        edits = [Edit(layer, head, self.t, key, value) for key, value in pairs]
+        for key, value in zip(change.keys.unbind(1), change.values.unbind(1)):
+            edits.append(Edit(layer, head, self.t, key, value))
         after, _ = model.run(stream, cache, edits, first=layer)
         return at_least_fp32(model.unembed(after))
 
@@ -612,8 +656,11 @@ def points(cell: Cell, branches: int = 1):
     model, layer, head, tokens, positions = cell[:5]
     model.check_cell(layer, head)
     fit = len(positions) and positions[0] >= 1 and positions[-1] + HORIZONS <= tokens.shape[1]
-    require(fit, f"positions {list(positions[:1])}..{list(positions[-1:])} do not fit passages of "
-            f"{tokens.shape[1]} tokens: the last needs {HORIZONS - 1} after it")  # fmt: skip
+    require(
+        fit,
+        f"positions {list(positions[:1])}..{list(positions[-1:])} do not fit passages of "
+        f"{tokens.shape[1]} tokens: the last needs {HORIZONS - 1} after it",
+    )
     size = max(1, BATCH_BYTES // (4 * branches * HORIZONS * model.vocab))
     batches = torch.arange(len(tokens), device=tokens.device).split(size)
     for passage, t in cell.progress([(passage, t) for passage in batches for t in positions]):
@@ -633,6 +680,11 @@ def stack(parts: list[Table]) -> Table:
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 
+def at_token(x: Tensor, token: Tensor) -> Tensor:
+    """Of numbers x [..., vocab] the token's [...], one for each place. -> [...]"""
+    return x.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p ‖ q) in nats from log-probabilities [..., vocab] -> [...].
 
@@ -646,9 +698,16 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def collect(model: LanguageModel, tokens: Tensor, layer: int, heads: list[int],
-            source: str = "write", every: int = 16, skip: int = 0,
-            progress=iter) -> list[Factored]:  # fmt: skip
+def collect(
+    model: LanguageModel,
+    tokens: Tensor,
+    layer: int,
+    heads: list[int],
+    source: str = "write",
+    every: int = 16,
+    skip: int = 0,
+    progress=iter,
+) -> list[Factored]:
     """What heads of one layer write over a text, to train on: one Factored of N matrices per head.
 
     tokens [n, T]; every write after the first `skip` tokens of each row, or with source "state"
@@ -686,21 +745,27 @@ def read_metric(cell: Cell, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
     are the rows of G. Returns [K, K] and [V, V], symmetric positive definite.
     """
     mixer, device = cell.model.layers[cell.layer].mixer, cell.tokens.device
-    M_k = torch.zeros(mixer.K, mixer.K, device=device)
-    M_v = torch.zeros(mixer.V, mixer.V, device=device)
-    for p in points(cell, branches=mixer.K):
+    K, V = mixer.K, mixer.V
+    M_k = torch.zeros(K, K, device=device)
+    M_v = torch.zeros(V, V, device=device)
+    for p in points(cell, branches=K):
         P = len(p.passage)
-        rows = torch.zeros(P, mixer.K, mixer.V, device=device, requires_grad=True)
-        unit_keys = torch.eye(mixer.K, device=device).expand(P, -1, -1)
+        rows = torch.zeros(P, K, V, device=device, requires_grad=True)
+        unit_keys = torch.eye(K, device=device).expand(P, -1, -1)
         with torch.enable_grad():
             logp = p.branch(Factored(unit_keys, rows))  # [P, 11, vocab]
             chances = logp.detach().exp().flatten(0, 1).cpu()
-            drawn = torch.multinomial(chances, 1, generator=cell.rng).to(device)
-            score = logp.gather(-1, drawn.view(P, HORIZONS, 1)).sum()
-            (G,) = torch.autograd.grad(score, rows)  # [P, K, V]
+            drawn = torch.multinomial(chances, 1, generator=cell.rng)
+            drawn = drawn.to(device).view(P, HORIZONS)
+            (G,) = torch.autograd.grad(at_token(logp, drawn).sum(), rows)  # [P, K, V]
         M_k += torch.einsum("pkv,plv->kl", G, G)
         M_v += torch.einsum("pkv,pkw->vw", G, G)
-    return tuple(M / M.diagonal().mean() + ridge * torch.eye(len(M)).to(M) for M in (M_k, M_v))
+
+    def mixed(M: Tensor) -> Tensor:
+        scaled = M / M.diagonal().mean()
+        return scaled + ridge * torch.eye(len(M), device=device)
+
+    return mixed(M_k), mixed(M_v)
 
 
 @torch.inference_mode()
@@ -744,8 +809,8 @@ def events(cell: Cell, at: Table):
 
 def atoms_at(cell: Cell, at: Table) -> Factored:
     """a A of every row of `codes`."""
-    index, a = (at[name][:, None].to(cell.tokens.device) for name in ("index", "a"))
-    return cell.sae.decode(index, a)
+    device = cell.tokens.device
+    return cell.sae.decode(at["index"][:, None].to(device), at["a"][:, None].to(device))
 
 
 @torch.inference_mode()
@@ -772,9 +837,9 @@ def replacement(cell: Cell, dictionaries: dict[str, WriteSAE], whole: bool = Fal
         (a name)   a A         the dominant atom of that dictionary, with its coefficient
         delete     nothing
         random     a A_j       another atom of the first dictionary, same coefficient
-        projected  ⟨R, X⟩ R    a random rank-1 direction at its own least-squares coefficient: always
-                               nearer to X than nothing is (‖X − aA‖² = ‖X‖² − a² for every unit A),
-                               and yet no stand-in for it; a win means something only above its rate
+        projected  ⟨R, X⟩ R    a random rank-1 direction at its own least-squares coefficient, which
+                               is always nearer to X than nothing is (‖X − aA‖² = ‖X‖² − a² for any
+                               unit A), and yet no stand-in: wins mean something above its rate
         native     X           the write itself put back: the noise floor
     and with whole=True NAME_whole: all active atoms of the dictionary together.
 
@@ -811,13 +876,17 @@ def replacement(cell: Cell, dictionaries: dict[str, WriteSAE], whole: bool = Fal
 def controls(cell: Cell, p: Point, first: tuple[str, WriteSAE], part: Table) -> dict[str, Factored]:
     """`random`, `projected` and `native` of `replacement` at one point. Draws are made for all n
     passages of the text, so that they do not depend on the size of a batch."""
-    (name, sae), X, n = first, p.write(), len(cell.tokens)
+    name, sae = first
+    X, n = p.write(), len(cell.tokens)
     draws = torch.Generator().manual_seed(cell.rng.initial_seed() + p.t)
-    shift = torch.randint(1, max(2, sae.n_atoms), (n,), generator=draws).to(p.passage)[p.passage]
-    other = (part[f"index_{name}"] + shift) % sae.n_atoms
+    shift = torch.randint(1, max(2, sae.n_atoms), (n,), generator=draws)
+    shift = shift.to(p.passage)[p.passage]
+    index, a = part["index_" + name], part["a_" + name]
+    other = (index + shift) % sae.n_atoms
     R = random_direction(X, draws, n).rows(p.passage)
-    random = sae.decode(other[:, None], part[f"a_{name}"][:, None])
-    return dict(random=random, projected=R.times(inner(R, X)), native=X)
+    return dict(
+        random=sae.decode(other[:, None], a[:, None]), projected=R.times(inner(R, X)), native=X
+    )
 
 
 def random_direction(like: Factored, generator: torch.Generator, n: int | None = None) -> Factored:
@@ -843,11 +912,13 @@ def wilson(wins: int, n: int, z: float = 1.96) -> tuple[float, float]:
     p, z2 = wins / n, z * z
     middle = p + z2 / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max((middle - half) / (1 + z2 / n), 0.0), min((middle + half) / (1 + z2 / n), 1.0)
+    low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+    return max(low, 0.0), min(high, 1.0)
 
 
-def cluster_bootstrap(values: Tensor, cluster: Tensor, generator: torch.Generator,
-                      draws: int = 1000) -> tuple[float, float]:  # fmt: skip
+def cluster_bootstrap(
+    values: Tensor, cluster: Tensor, generator: torch.Generator, draws: int = 1000
+) -> tuple[float, float]:
     """95 % interval of the mean of values [N] when whole clusters [N] (all rows of a file, of an
     atom) are drawn again, with replacement; NaN for none."""
     if len(values) == 0:
@@ -876,9 +947,11 @@ def rates(atom: Tensor, delete: Tensor) -> dict[str, float]:
     """
     if len(atom) == 0:
         return dict(win_rate=math.nan, recovered_pooled=math.nan, recovered_median=math.nan)
-    return dict(win_rate=mean(atom < delete),
-                recovered_pooled=(1 - atom.sum() / delete.sum()).item(),
-                recovered_median=(1 - atom / delete.clamp_min(1e-30)).median().item())  # fmt: skip
+    return dict(
+        win_rate=mean(atom < delete),
+        recovered_pooled=(1 - atom.sum() / delete.sum()).item(),
+        recovered_median=(1 - atom / delete.clamp_min(1e-30)).median().item(),
+    )
 
 
 def fires(table: Table, name: str, cosine_min: float) -> Tensor:
@@ -922,8 +995,10 @@ def replacement_figures(table: Table, cosine_min: float, generator: torch.Genera
     control = here & kl["random"].isfinite()  # firings where the controls were measured
     ordered = (kl["atom"] < kl["delete"]) & (kl["delete"] < kl["random"])
     weak_to_strong = wins[delete.argsort()].tensor_split(4) if len(wins) >= 4 else []
-    by_step = [rates(table["kl_atom"][here, h].double(), table["kl_delete"][here, h].double())
-               for h in range(HORIZONS)]  # fmt: skip
+    by_step = [
+        rates(table["kl_atom"][here, h].double(), table["kl_delete"][here, h].double())
+        for h in range(HORIZONS)
+    ]
     figures = dictionary_figures(table, "atom", cosine_min) | dict(
         n_positions=len(here),
         n_firings=len(wins),
@@ -950,7 +1025,7 @@ def untrained_figures(table: Table, cosine_min: float, generator: torch.Generato
     """The null's own figures, and over all positions what learning added to it:
 
     win_gain_all     win rate of the trained minus the untrained one, paired; interval by file
-    kl_left_all      ΣKL_trained / ΣKL_untrained (1: training added nothing, 0: all that was missing)
+    kl_left_all      ΣKL_trained / ΣKL_untrained (1: training added nothing, 0: all there was)
     """
     atom, delete, null = (effect(table, name) for name in ("atom", "delete", "untrained"))
     gain = (atom < delete).double() - (null < delete).double()
@@ -961,7 +1036,8 @@ def untrained_figures(table: Table, cosine_min: float, generator: torch.Generato
     )
 
 
-# ---- 6. The logit-change formula: a ladder from the paper's three factors to the exact second order
+# ==== The main job ends here. Each section below is an experiment of its own on this engine ====
+# ---- 6. The logit-change formula: from the paper's three factors to the exact second order -------
 RUNGS = {  # each rung -> the order in the edit's size to which it is exact (0: not even the first)
     "three factors": 0,
     "three factors, fitted": 0,
@@ -996,8 +1072,10 @@ def moved_reads(change: Factored, s: StepInputs) -> Tensor:
 def norm_slope(norm: nn.Module, x: Tensor) -> Tensor:
     """What a norm multiplies each channel of x by: weight / rms, a LayerNorm weight / std."""
     if isinstance(norm, nn.LayerNorm):
-        return norm.weight / (x.var(-1, keepdim=True, correction=0) + norm.eps).sqrt()
-    return (norm.offset + norm.weight) / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        variance = x.var(-1, keepdim=True, correction=0)
+        return norm.weight / (variance + norm.eps).sqrt()
+    power = x.square().mean(-1, keepdim=True)
+    return (norm.offset + norm.weight) / (power + norm.eps).sqrt()
 
 
 def slope(f, at: Tensor) -> Tensor:
@@ -1033,22 +1111,23 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     block, cache = model.layers[layer], p.cache.layers[layer]
     o, s, rest = all_heads(block, p.stream, cache)
     last, _ = model.run(p.stream, p.cache, first=layer)
-    gate, scale = (x[:, :, head] for x in block.mixer.gate_and_scale(o, s, rest))  # [P, 11, ·]
-    to_stream = model.out_map(layer)[:, head].T  # W_Oᵀ [V, D]
-    to_logits = at_least_fp32(model.unembedding[targets]).mT  # W_Uᵀ [P, D, n]
+    gate, scale = block.mixer.gate_and_scale(o, s, rest)
+    gate = gate[:, :, head]  # [P, 11, V]
+    scale = scale[:, :, head]  # [P, 11, 1]
+    W_O = model.out_map(layer)[:, head].T  # [V, D]
+    W_U = at_least_fp32(model.unembedding[targets]).mT  # [P, D, n]
+    final = norm_slope(model.norm, at_least_fp32(last.x))  # [P, 11, D]
+    without_erase = p.s._replace(erase_in=None, erase_out=None)
     delta_o = moved_reads(change, p.s)  # [P, 11, V]
-    gates_alone = moved_reads(change, p.s._replace(erase_in=None, erase_out=None))
-    scaled = norm_slope(model.norm, at_least_fp32(last.x)) * (gate * scale * delta_o @ to_stream)
-    rungs = {
-        "three factors": gates_alone @ to_stream @ to_logits,  # [P, 11, n]
-        "exact transition": delta_o @ to_stream @ to_logits,
-        "gated": gate * delta_o @ to_stream @ to_logits,
-        "gated and scaled": scaled @ to_logits,
+    rungs = {  # each [P, 11, n]
+        "three factors": moved_reads(change, without_erase) @ W_O @ W_U,
+        "exact transition": delta_o @ W_O @ W_U,
+        "gated": (gate * delta_o) @ W_O @ W_U,
+        "gated and scaled": final * ((gate * scale * delta_o) @ W_O) @ W_U,
     }
     other_heads = (0, 0, head, s.q.shape[2] - head - 1)
     delta_o = F.pad(delta_o[:, :, None], other_heads)  # [P, 11, H, V]
     y, y_edited = (block.mixer.output(x, s, rest) for x in (o, o + delta_o))
-    zero, one = delta_o.new_zeros(()), delta_o.new_ones(())
 
     def pick(logits: Tensor) -> Tensor:  # [P, 11, vocab] -> [P, 11, n]
         return at_least_fp32(logits).gather(-1, targets[:, None].expand(-1, HORIZONS, -1))
@@ -1062,17 +1141,24 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
 
     def exact_head(eps: Tensor) -> Tensor:  # the model from y on
         between = p.stream._replace(x=p.stream.x + y + eps * (y_edited - y))
-        after, _ = model.run(block.feed(between, cache)[0], p.cache, first=layer + 1)
+        fed, _ = block.feed(between, cache)
+        after, _ = model.run(fed, p.cache, first=layer + 1)
         return pick(model.unembed(after))
 
-    measured, three = full(one) - full(zero), rungs["three factors"]
-    fit = (three * measured).sum(1, keepdim=True) / three.square().sum(1, keepdim=True)
-    rungs["three factors, fitted"] = fit.nan_to_num() * three
+    zero, one = delta_o.new_zeros(()), delta_o.new_ones(())
+    measured = full(one) - full(zero)
+    rungs["three factors, fitted"] = fitted(rungs["three factors"], measured)
     rungs["direct path"] = slope(direct, zero)
     rungs["full Jacobian"] = slope(full, zero)
     rungs["mean of two Jacobians"] = (slope(full, zero) + slope(full, one)) / 2
     rungs["exact head, mean of two"] = (slope(exact_head, zero) + slope(exact_head, one)) / 2
     return torch.stack([rungs[name] for name in RUNGS], 1), measured
+
+
+def fitted(x: Tensor, y: Tensor) -> Tensor:
+    """x times the scalar that brings it nearest to y over the steps, dimension 1 of both."""
+    scalar = (x * y).sum(1, keepdim=True) / x.square().sum(1, keepdim=True)
+    return scalar.nan_to_num() * x
 
 
 @torch.no_grad()
@@ -1106,10 +1192,12 @@ def agreement(y: Tensor, y_hat: Tensor) -> dict[str, float]:
     sign_agreement   share of equal signs
     """
     y, y_hat = y.double().flatten(), y_hat.double().flatten()
-    left, spread = (y - y_hat).square().sum(), (y - y.mean()).square().sum()
+    left = (y - y_hat).square().sum()
+    spread = (y - y.mean()).square().sum()
     line = (y * y_hat).sum() / y_hat.square().sum()
-    same_sign = mean(y.sign() == y_hat.sign())
-    return dict(r2=(1 - left / spread).item(), slope=line.item(), sign_agreement=same_sign)
+    same = y.sign() == y_hat.sign()
+    fit = dict(r2=1 - left / spread, slope=line, sign_agreement=same.double().mean())
+    return {name: x.item() for name, x in fit.items()}
 
 
 def ladder_figures(table: Table) -> list[dict]:
@@ -1124,7 +1212,7 @@ def ladder_figures(table: Table) -> list[dict]:
     return rungs
 
 
-# ---- 7. Steering: edits of the memory after which a token appears ----------------------------------
+# ---- 7. Steering: edits of the memory after which a token appears --------------------------------
 EDITED = 3  # positions edited: the prompt's last three
 NEW = 20  # tokens decoded after them
 KEY_SIDES = ("write", "read")
@@ -1154,8 +1242,8 @@ class Prompts(NamedTuple):
         n, edits = self.last.shape[1], []
         for t in range(n):
             for c, (layer, head) in enumerate(self.heads):
-                position = self.before.length + t
-                edits.append(Edit(layer, head, position, keys[:, t, c], values[:, t, c]))
+                key, value = keys[:, t, c], values[:, t, c]
+                edits.append(Edit(layer, head, self.before.length + t, key, value))
         logits, cache = self.model(torch.cat([self.last, then], 1), self.before, edits)
         return at_least_fp32(logits[:, n - 1 :]), cache
 
@@ -1167,8 +1255,11 @@ def read_prompts(model: LanguageModel, tokens: Tensor, heads, n: int = EDITED) -
     for head in heads:
         model.check_cell(*head)
     length = tokens.shape[1]
-    require(length > n, f"the prompt has {length} tokens; its last {n} are edited, and one must "
-            "stand before them: give a longer one")  # fmt: skip
+    require(
+        length > n,
+        f"the prompt has {length} tokens; its last {n} are edited, and one must "
+        "stand before them: give a longer one",
+    )
     last, (_, before) = tokens[:, -n:], model(tokens[:, :-n])
     logits, after = model(last, before)
     said, _ = model.generate(logits[:, -1], after, NEW)
@@ -1192,8 +1283,10 @@ def draw_targets(model: LanguageModel, tokens: Tensor, each: int, generator) -> 
     """Up to `each` targets of rank 100-1000 for the first new token, per prompt and stratum.
     tokens [P, T] -> a row per pair: prompt, target, stratum."""
     logits, _ = model(tokens)
-    rank = logits[:, -1].argsort(-1, descending=True).argsort(-1) + 1
-    inside = torch.zeros_like(rank, dtype=torch.bool).scatter(1, tokens, True)
+    order = logits[:, -1].argsort(-1, descending=True)
+    rank = order.argsort(-1) + 1  # [P, vocab]
+    inside = torch.zeros_like(rank, dtype=torch.bool)
+    inside.scatter_(1, tokens, True)
     rows = []
     for stratum, wanted in enumerate(STRATA.values()):
         allowed = (rank >= 100) & (rank <= 1000) & (inside == wanted)
@@ -1201,8 +1294,8 @@ def draw_targets(model: LanguageModel, tokens: Tensor, each: int, generator) -> 
             candidates = allowed[prompt].nonzero()[:, 0].tolist()
             drawn = torch.randperm(len(candidates), generator=generator)[:each]
             rows += [(prompt, candidates[i], stratum) for i in drawn.tolist()]
-    columns = torch.tensor(rows, device=tokens.device).view(-1, 3).T
-    return dict(zip(("prompt", "target", "stratum"), columns))
+    prompt, target, stratum = torch.tensor(rows, device=tokens.device).view(-1, 3).T
+    return dict(prompt=prompt, target=target, stratum=stratum)
 
 
 def read_key(s: StepInputs) -> Tensor:
@@ -1215,10 +1308,11 @@ def read_key(s: StepInputs) -> Tensor:
     """
     N, _, C, K = s.q.shape
     each = torch.arange(C, device=s.q.device).repeat_interleave(K)  # every head K times,
-    unit = torch.eye(K).to(s.q).repeat(C, 1).expand(N, -1, -1)  # with one unit key each
-    gain, _ = propagate(unit, s.heads(each))  # [N, T, C·K]
+    unit = torch.eye(K).to(s.q).repeat(C, 1)  # with one unit key each
+    gain, _ = propagate(unit.expand(N, -1, -1), s.heads(each))  # [N, T, C·K]
     b = gain.unflatten(-1, (C, K))
-    key = torch.linalg.eigh(torch.einsum("ntck,ntcl->nckl", b, b)).eigenvectors[..., -1]
+    heard = torch.einsum("ntck,ntcl->nckl", b, b)
+    key = torch.linalg.eigh(heard).eigenvectors[..., -1]  # [N, C, K]
     total = (key * b.sum(1)).sum(-1, keepdim=True)
     return torch.where(total < 0, -key, key)
 
@@ -1241,11 +1335,6 @@ def sized(values: Tensor, size: float, budget: bool) -> Tensor:
     if budget:
         length = length.flatten(1).norm(dim=1)[:, None, None, None]
     return values * (size / length.clamp_min(1e-30))
-
-
-def at_token(x: Tensor, token: Tensor) -> Tensor:
-    """Of numbers x [..., vocab] the token's [...], one for each place. -> [...]"""
-    return x.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
 def score(prompts: Prompts, keys: Tensor, values: Tensor, targets: Tensor, what: str) -> Tensor:
@@ -1299,8 +1388,16 @@ def formula_slopes(prompts: Prompts, keys: Tensor, targets: Tensor, gated: bool)
     return torch.stack(gains, 1).unsqueeze(-1) * seen.unsqueeze(1)
 
 
-def steering_values(prompts: Prompts, keys: Tensor, targets: Tensor, kind: str, size: float,
-                    budget: bool, generator, steps: int = 20) -> Tensor:  # fmt: skip
+def steering_values(
+    prompts: Prompts,
+    keys: Tensor,
+    targets: Tensor,
+    kind: str,
+    size: float,
+    budget: bool,
+    generator,
+    steps: int = 20,
+) -> Tensor:
     """The values of a prompt's edits, [N, n, C, V], `sized`:
 
     random             the control
@@ -1358,7 +1455,9 @@ class Steering(NamedTuple):
 
 
 @torch.no_grad()
-def steer(model: LanguageModel, tokens: Tensor, pairs: Table, edit: Steering, seed: int = 0) -> Table:
+def steer(
+    model: LanguageModel, tokens: Tensor, pairs: Table, edit: Steering, seed: int = 0
+) -> Table:
     """Edit the states while the last tokens of prompts [P, T] are read, then decode 20 tokens.
 
     pairs: `draw_targets`. Returns a row per pair: the columns of pairs, and
@@ -1429,12 +1528,15 @@ def steering_figures(edited: Table, native: Table, random: Table) -> dict:
     )
 
 
-# ---- 8. Erasing: an atom taken out where it fires -------------------------------------------------
+# ---- 8. Erasing: an atom taken out where it fires ------------------------------------------------
 def every_second(file: Tensor) -> Tensor:
     """True for passages of every second file: there we choose, on the others we test. [P] -> [P]"""
     files = file.unique()
-    require(len(files) > 1, "the text is one file; what is chosen on some files is tested on others, "
-            "so give a folder of them")  # fmt: skip
+    require(
+        len(files) > 1,
+        "the text is one file; what is chosen on some files is tested on others, "
+        "so give a folder of them",
+    )
     return torch.isin(file, files[::2])
 
 
@@ -1445,20 +1547,23 @@ def promoted_tokens(cell: Cell, at: Table, n_atoms: int) -> tuple[Tensor, Tensor
 
         argmax_token ⟨W_U[token], W_O (gate_t · δo_t)⟩, on the mean over firings and eleven steps
     """
-    pairs = torch.stack([cell.file[at["passage"]], at["index"]]).unique(dim=1)  # (file, atom)
-    uses = torch.bincount(pairs[1], minlength=cell.sae.n_atoms)
+    model, layer, head = cell[:3]
+    file_and_atom = torch.stack([cell.file[at["passage"]], at["index"]])
+    _, atom = file_and_atom.unique(dim=1)
+    uses = torch.bincount(atom, minlength=cell.sae.n_atoms)
     atoms = uses.topk(min(n_atoms, int((uses > 0).sum()))).indices
     at = some_rows(at, torch.isin(at["index"], atoms))
-    W_O = cell.model.out_map(cell.layer)[:, cell.head]  # [D, V]
-    total = W_O.new_zeros(len(uses), W_O.shape[1])  # per atom
+    W_O = model.out_map(layer)[:, head]  # [D, V]
+    total = W_O.new_zeros(len(uses), W_O.shape[1])  # of gate · δo, per atom
     for p, i in events(cell, at):
-        block = cell.model.layers[cell.layer]
-        reads = all_heads(block, p.stream, p.cache.layers[cell.layer])
+        block, part = model.layers[layer], some_rows(at, i)
+        reads = all_heads(block, p.stream, p.cache.layers[layer])
         gate, _ = block.mixer.gate_and_scale(*reads)
-        part = some_rows(at, i)
-        moved = gate[:, :, cell.head] * moved_reads(atoms_at(cell, part), p.s)  # [n, 11, V]
-        total.index_add_(0, part["index"].to(total.device), moved.mean(1))
-    promoted = total[atoms] @ W_O.T @ at_least_fp32(cell.model.unembedding).T  # [n_atoms, vocab]
+        delta_o = moved_reads(atoms_at(cell, part), p.s)  # [n, 11, V]
+        moved = (gate[:, :, head] * delta_o).mean(1)
+        total.index_add_(0, part["index"].to(total.device), moved)
+    W_U = at_least_fp32(model.unembedding)
+    promoted = total[atoms] @ W_O.T @ W_U.T  # [n_atoms, vocab]
     return atoms, promoted.argmax(-1).cpu()
 
 
@@ -1524,7 +1629,7 @@ def erasure_figures(table: Table, generator: torch.Generator) -> dict:
     return figures | dict(effect_ci95=cluster_bootstrap(effect, table["file"], generator))
 
 
-# ---- 9. A population of atoms ---------------------------------------------------------------------
+# ---- 9. A population of atoms --------------------------------------------------------------------
 def token_shares(at: Table) -> tuple[Tensor, Tensor, Tensor]:
     """Of firings (`codes`) the atoms, how often each fires, and the share of its firings that are
     on its most frequent token: [n] each."""
@@ -1572,23 +1677,25 @@ def two_gaussians(x: Tensor, steps: int = 500) -> dict:
     for _ in range(steps):
         total = share.sum(1)
         centre = (share @ x) / total
-        spread = (share * (x - centre[:, None]).square()).sum(1) / total
-        deviation = spread.sqrt().clamp_min(1e-3)
-        prior = (total / len(x)).log()[:, None]
-        log_density = prior + log_normal(x, centre[:, None], deviation[:, None])
+        off = x - centre[:, None]  # [2, N]
+        deviation = ((share * off.square()).sum(1) / total).sqrt().clamp_min(1e-3)
+        prior = total / len(x)
+        log_density = prior.log()[:, None] + log_normal(off, deviation[:, None])
         share = log_density.softmax(0)
-    one = log_normal(x, x.mean(), x.std(correction=0)).sum()
+    one = log_normal(x - x.mean(), x.std(correction=0)).sum()
     two = log_density.logsumexp(0).sum()
-    order = centre.argsort(descending=True)
-    n = total[order].round().int().tolist()
-    delta_bic = (5 - 2) * math.log(len(x)) - 2 * (two - one).item()
-    groups = dict(mean=centre[order].tolist(), deviation=deviation[order].tolist())
-    return dict(n=n) | groups | dict(delta_bic=delta_bic)
+    nearer = centre.argsort(descending=True)
+    return dict(
+        n=total[nearer].round().int().tolist(),
+        mean=centre[nearer].tolist(),
+        deviation=deviation[nearer].tolist(),
+        delta_bic=(5 - 2) * math.log(len(x)) - 2 * (two - one).item(),
+    )
 
 
-def log_normal(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """The log density of a Gaussian."""
-    return -0.5 * ((x - mean) / deviation).square() - deviation.log() - 0.5 * math.log(2 * math.pi)
+def log_normal(off: Tensor, deviation: Tensor) -> Tensor:
+    """The log density of a Gaussian, off its mean."""
+    return -0.5 * (off / deviation).square() - deviation.log() - 0.5 * math.log(2 * math.pi)
 
 
 @torch.inference_mode()
@@ -1596,22 +1703,26 @@ def passage_test(cell: Cell) -> Table:
     """All firings of a passage at once: bits per token (over the tokens after the first position)
     of the unmodified model (native), with their writes deleted, with their atoms in the writes'
     places, and with random rank-1 matrices of the writes' norms there. -> a row per passage."""
+    model, layer, head = cell[:3]
     parts, positions = [], list(cell.positions)
     for tokens in cell.progress(cell.tokens.split(16)):
-        (n, T), start = tokens.shape, positions[0]
-        (X,) = collect(cell.model, tokens, cell.layer, [cell.head])
+        n, T = tokens.shape
+        (X,) = collect(model, tokens, layer, [head])
         _, a, A = cell.sae.dominant(X)
         fires = (a > 0) & (cosine(A, X) >= cell.sae.cfg["cosine_min"])
         R = random_direction(X, cell.rng).times(inner(X, X).sqrt())
         part = dict(firings=fires.view(n, T)[:, positions].sum(1))
         for name, Y in dict(native=X, delete=X.times(0 * a), atom=A, random=R).items():
             change = Y.minus(X).times(fires.to(a.dtype))  # nothing where no atom fires
-            keys, values = (x.unflatten(0, (n, T)) for x in change)  # [n, T, r, ·]
-            edits = [Edit(cell.layer, cell.head, t, keys[:, t, r], values[:, t, r])
-                     for t in positions for r in range(keys.shape[2])]  # fmt: skip
-            logits, _ = cell.model(tokens, edits=() if name == "native" else edits)
-            targets = tokens[:, start + 1 :]
-            nats = F.cross_entropy(logits[:, start:-1].mT, targets, reduction="none")
+            keys = change.keys.unflatten(0, (n, T))  # [n, T, r, K]
+            values = change.values.unflatten(0, (n, T))
+            edits = []
+            for t in positions if name != "native" else []:
+                for r in range(keys.shape[2]):
+                    edits.append(Edit(layer, head, t, keys[:, t, r], values[:, t, r]))
+            logits, _ = model(tokens, edits=edits)
+            predicted = logits[:, positions[0] : -1]
+            nats = F.cross_entropy(predicted.mT, tokens[:, positions[0] + 1 :], reduction="none")
             part["bits_" + name] = nats.mean(1) / math.log(2)
         parts.append(part)
     return stack(parts)
