@@ -22,11 +22,11 @@ import argparse
 import bisect
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import sysconfig
 import tempfile
@@ -1257,319 +1257,270 @@ EXPERIMENTS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# bench: ratios against other implementations, run for real in the same process
-# --------------------------------------------------------------------------------------------------
-RWKV_NAMES = {  # our names -> those of RWKV-7's authors, replaced in this order
-    "embedding": "emb",
-    "embed_norm": "blocks.0.ln0",
-    "norm1": "ln1",
-    "norm2": "ln2",
-    "g_norm": "ln_x",
-    "norm.": "ln_out.",
-    "layers": "blocks",
-    "mixer": "att",
-    "mlp": "ffn",
-    "r_proj": "receptance",
-    "k_proj": "key",
-    "v_proj": "value",
-    "out_proj": "output",
-    "_lora.0.weight": "1",
-    "_lora.2.weight": "2",
-    "_lora.2.bias": "0",
-}
-
-
-def save_for_rwkv(model: LanguageModel, path: str):
-    """Our RWKV-7's weights as its authors' package names and lays them out."""
-    weights = {}
-    for name, x in model.state_dict().items():
-        if "_lora" in name and x.dim() == 2:
-            x = x.T
-        for ours, theirs in RWKV_NAMES.items():
-            name = name.replace(ours, theirs)
-        weights[name] = x.clone()
-    torch.save(weights, path)
+# ---- bench: ratios against other implementations, run for real in the same process ---------------
+RWKV_NAMES = """embedding emb, embed_norm blocks.0.ln0, norm1 ln1, norm2 ln2, g_norm ln_x,
+norm. ln_out., layers blocks, mixer att, mlp ffn, r_proj receptance, k_proj key, v_proj value,
+out_proj output, _lora.0.weight 1, _lora.2.weight 2, _lora.2.bias 0"""  # ours, theirs; in order
 
 
 class Peer:
-    """The same model by transformers, RWKV-7 by its authors' package (one text at a time, heads of
-    64 only). Both change a cache in place: copy it before use."""
+    """The same model by transformers, RWKV-7 by its authors' package (one text at a time). Both
+    change a cache in place. Raises ModuleNotFoundError."""
 
     def __init__(self, model: LanguageModel):
-        self.kind, device = model.architecture, model.device
+        self.kind, self.name = model.architecture, "transformers"
         if self.kind == "rwkv7":
-            os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="0")  # it reads them when imported
-            quiet = contextlib.redirect_stdout(sys.stderr)
-            with tempfile.TemporaryDirectory() as folder, quiet:
-                from rwkv.model import RWKV
-
-                path = os.path.join(folder, "weights")
-                save_for_rwkv(model, path + ".pth")
-                self.model = RWKV(path, f"{device.type} fp32")
-            self.name = "rwkv"
+            self.name, self.model = "rwkv", self.rwkv(model)
         else:
             import transformers
 
             transformers.logging.set_verbosity_error()
-            dtype = model.unembedding.dtype
-            peer = transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=dtype)
-            self.model, self.name = peer.to(device), "transformers"
+            auto, dtype = transformers.AutoModelForCausalLM, model.unembedding.dtype
+            self.model = auto.from_pretrained(model.folder, dtype=dtype).to(model.device)
 
-    def read(self, tokens: Tensor, cache=None, keep: int = 1):
-        """tokens [B, T] after those in the cache -> logits of the last one or (keep 0) of all, and
-        the cache."""
+    def rwkv(self, model: LanguageModel):
+        """RWKV-7 from our weights, as its authors' package names and lays them out."""
+        os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="0")  # read at the import
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            from rwkv.model import RWKV
+
+            weights, path = {}, os.path.join(folder, "weights")
+            for name, x in model.state_dict().items():
+                x = x.T if "_lora" in name and x.dim() == 2 else x
+                for pair in RWKV_NAMES.split(","):
+                    name = name.replace(*pair.split())
+                weights[name] = x.clone()
+            torch.save(weights, path + ".pth")
+            return RWKV(path, f"{model.device.type} fp32")
+
+    def read(self, tokens: Tensor, cache=None) -> tuple:
+        """tokens [B, T] -> logits of the last one or, after a cache, of all; and the cache."""
+        more, logits = cache is not None, []
         if self.kind == "rwkv7":
-            logits, cache = self.model.forward(tokens[0].tolist(), cache, full_output=keep == 0)
+            logits, cache = self.model.forward(tokens[0].tolist(), cache, full_output=more)
             return logits.view(1, -1, logits.shape[-1]), cache
-        key = "cache_params" if self.kind == "mamba2" else "past_key_values"
-        one_by_one = self.kind == "mamba2" and cache is not None  # it cannot go on otherwise
-        logits = []
-        for piece in tokens.split(1 if one_by_one else tokens.shape[1], 1):
-            out = self.model(piece, use_cache=True, logits_to_keep=keep, **{key: cache})
+        mamba = self.kind == "mamba2"  # after a cache it takes single tokens only
+        key = "cache_params" if mamba else "past_key_values"
+        for piece in tokens.split(1 if mamba and more else tokens.shape[1], 1):
+            out = self.model(piece, use_cache=True, logits_to_keep=int(not more), **{key: cache})
             cache = out[key]
             logits.append(out.logits)
         return torch.cat(logits, 1), cache
 
-    def state(self, cache, layer: int) -> Tensor:
-        """A layer's state in a cache, key first [B, H, K, V], to be changed in place."""
+    def branch(self, layer: int, cache, change: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probabilities after tokens, read from a copy of the cache with change [B, K, V] added
+        to the state of head 0. [B, T, vocab]"""
+        cache = copy.deepcopy(cache)
         if self.kind == "rwkv7":
-            return cache[3 * layer + 1][None].mT
-        state = cache.layers[layer].recurrent_states[0]
-        return state.mT if self.kind == "mamba2" else state
+            cache[3 * layer + 1][0] += change[0].mT
+        else:
+            state = cache.layers[layer].recurrent_states[0]
+            state[:, 0] += change.mT if self.kind == "mamba2" else change
+        logits, _ = self.read(tokens, cache)
+        return logits.log_softmax(-1)
 
 
-def bench_row(name: str, unit: str, functions: tuple, done: tuple, peer_name: str, args, flops=0):
-    """A row: things a second of ours and of the peer, `done` in one call of each; medians of calls
-    in turn. of_floor: the time that `flops` take at the rate of a matrix product measured in turn
-    with them, as a share of our time."""
-    A = torch.randn(1024, 1024, device=pick_device(args.device))
-
-    def product():
-        torch.mm(A, A)
-
-    times = []
-    for _ in range(3 if args.quick else 8):  # the first warms up
-        turn = []
-        for function in (*functions, product):
+def measured(args, name: str, unit: str, ours, theirs, done: tuple, peer: str, flops=0) -> dict:
+    """A row: two functions with the same result (asserted), called in turn, medians; `done`: what a
+    call of each gets done. unit MiB: peaks of memory, not times. of_floor: the time of `flops` at
+    the rate of a matrix product in the same turn, as a share of our time."""
+    result, expected = ours()[: done[1]], theirs()  # also warms up
+    tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1  # of the largest
+    assert (result - expected).abs().max() <= tolerance * expected.abs().max(), name
+    row = dict(name=name, unit=unit, peer_name=peer, of_floor=None)
+    if unit == "MiB":
+        mine, other = peak_memory(ours), peak_memory(theirs)
+        return row | dict(ours=mine, peer=other, ratio=other / mine)
+    A, times = torch.randn(1024, 1024, device=pick_device(args.device)), []
+    for _ in range(3 if args.quick else 8):
+        for function in (ours, theirs, functools.partial(torch.mm, A, A)):
             began = time.perf_counter()
             function()
             if A.is_cuda:
                 torch.cuda.synchronize()
-            turn.append(time.perf_counter() - began)
-        times.append(turn)
-    our_time, peer_time, mm_time = torch.tensor(times[1:]).median(0).values.tolist()
-    ours, peer = done[0] / our_time, done[1] / peer_time
-    row = dict(name=name, ours=ours, peer=peer, peer_name=peer_name, unit=unit, ratio=ours / peer)
-    return row | dict(of_floor=flops / (2 * 1024**3) * mm_time / our_time if flops else None)
+            times.append(time.perf_counter() - began)
+    mine, other, product = torch.tensor(times[3:]).view(-1, 3).median(0).values.tolist()
+    if flops:
+        row["of_floor"] = flops / (2 * 1024**3) * product / mine
+    return row | dict(
+        ours=done[0] / mine, peer=done[1] / other, ratio=done[0] / mine / (done[1] / other)
+    )
+
+
+def peak_memory(function: Callable) -> float:
+    """The peak of one call beyond what was there before it, in MiB, on the CPU."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    with MemTracker() as tracker:
+        function()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] / 2**20
 
 
 def weight_flops(model: LanguageModel, tokens: int, logits: int, first: int = 0) -> int:
     """Of the products with the weights alone: the layers from `first` on, and the output map."""
-    matrices = [p for p in model.layers[first:].parameters() if p.dim() == 2]
-    return 2 * tokens * sum(p.numel() for p in matrices) + 2 * logits * model.unembedding.numel()
+    matrices = [p.numel() for p in model.layers[first:].parameters() if p.dim() == 2]
+    return 2 * tokens * sum(matrices) + 2 * logits * model.unembedding.numel()
 
 
-def random_tokens(model: LanguageModel, B: int, T: int) -> Tensor:
-    """[B, T]"""
-    rng = torch.Generator().manual_seed(0)
-    return torch.randint(model.vocab, (B, T), generator=rng).to(model.device)
-
-
-def bench_branches(name: str, model: LanguageModel, peer: Peer, P: int, at_once: int, args) -> dict:
-    """P branches in a batch: a write deleted, KL of eleven predictions. The peer has the prefixes
-    cached; for every `at_once` branches the cache is copied, one head's state changed, eleven
-    tokens read. It can change the state only before token t: by A_t⁻¹ X, which A_t makes X. The KLs
-    are asserted equal."""
-    t, layer, head = 64, model.recurrent_layers[1], 0
-    tokens = random_tokens(model, P, t + HORIZONS)
-    p = next(writesae.points(model, tokens, layer, head, [t]))
-    P = len(p.passage)  # fewer where the vocabulary is large
-    change = p.write().times(-torch.ones(P, device=model.device))
-    s = p.s.times(0, 1)
-    unit = torch.eye(s.k.shape[-1], device=model.device).expand(P, 1, -1, -1)
-    _, A = models.recurrence(s._replace(v=torch.zeros_like(s.k)), unit)  # [P, 1, K, K]
-    before = torch.linalg.solve(A[:, 0].double(), change.matrix().double()).float()  # [P, K, V]
-    rows = torch.arange(min(P, max(at_once, 4))).split(at_once)
-    caches = [peer.read(tokens[row, :t])[1] for row in rows]
+def branches(model: LanguageModel, peer: Peer, tokens: Tensor, at_once: int) -> tuple:
+    """P branches in a batch, the peer `at_once`: the last write of a cached prefix is deleted, then
+    eleven tokens read. The peer's state is changed before token t, ours after it, where A_t has
+    moved the write of t-1 (`propagate`). tokens [P, T]"""
+    t, layer = tokens.shape[1] - HORIZONS, model.recurrent_layers[:2][-1]
+    points = writesae.points(Cell(model, layer, 0, tokens, [t - 1, t]))
+    before, point = next(points), next(points)
+    _, key = models.propagate(before.s.k[:, 0], before.s.times(0, 2))
+    change, deleted = Factored(key, -before.s.v[:, 0]), -before.write().matrix()
+    P = len(point.passage)  # fewer where the vocabulary is large
+    n, prepared = min(P, max(at_once, 4)), []
+    for rows in torch.arange(n).split(at_once):
+        prefix = (peer.read(tokens[rows, :t])[1], deleted[rows], tokens[rows, t:])
+        prepared.append((prefix, peer.branch(layer, prefix[0], 0 * prefix[1], prefix[2])))
 
     def ours() -> Tensor:
-        return writesae.kl_divergence(p.logp, p.branch(change))
-
-    def branch(row: Tensor, cache, change: Tensor) -> Tensor:
-        cache = copy.deepcopy(cache)
-        peer.state(cache, layer)[:, head] += change
-        logits, _ = peer.read(tokens[row, t:], cache, keep=0)
-        return logits.log_softmax(-1)
-
-    native = [branch(row, cache, 0 * before[row]) for row, cache in zip(rows, caches)]
+        return writesae.kl_divergence(point.logp, point.branch(change))
 
     def theirs() -> Tensor:
-        kls = []
-        for row, cache, logp in zip(rows, caches, native):
-            kls.append(writesae.kl_divergence(logp, branch(row, cache, before[row])))
-        return torch.cat(kls)
+        return torch.cat(
+            [
+                writesae.kl_divergence(native, peer.branch(layer, *prefix))
+                for prefix, native in prepared
+            ]
+        )
 
-    n = sum(map(len, rows))
-    torch.testing.assert_close(ours()[:n], theirs(), rtol=1e-2, atol=1e-6)
-    what = f"{name}: {P} branches in a batch; the peer {at_once}"
+    name = f"{model.name}: {P} branches in a batch; the peer {at_once}"
     flops = weight_flops(model, P * HORIZONS, P * HORIZONS, layer)
-    return bench_row(what, "branches/s", (ours, theirs), (P, n), peer.name, args, flops)
+    return name, "branches/s", ours, theirs, (P, n), peer.name, flops
 
 
-def bench_reading(name: str, model: LanguageModel, peer: Peer, T: int, piece: int, args) -> dict:
-    """Reading T tokens, `piece` at a time, for the last one's logits; asserted equal in fp32."""
-    pieces = random_tokens(model, 1, T).split(piece, 1)
+def reading(model: LanguageModel, peer: Peer, pieces: list[Tensor], name: str) -> tuple:
+    """A text read piece by piece, for the last logits. pieces [1, ·]"""
 
-    def ours() -> Tensor:
+    def our_read(tokens: Tensor, cache):
+        stream, cache = model.run(model.embed(tokens), cache)
+        return model.unembed(stream.times(-1)), cache
+
+    def read_all(read: Callable) -> Tensor:
         cache = None
         for tokens in pieces:
-            stream, cache = model.run(model.embed(tokens), cache)
-            logits = model.unembed(stream.times(-1))
+            logits, cache = read(tokens, cache)
         return logits
 
-    def theirs() -> Tensor:
-        cache = None
-        for tokens in pieces:
-            logits, cache = peer.read(tokens, cache)
-        return logits
-
-    if model.unembedding.dtype == torch.float32:
-        torch.testing.assert_close(ours(), theirs(), rtol=0, atol=2e-3)
-    what, flops = f"{name}: read {T:,} tokens", weight_flops(model, T, 1)
-    if piece == 1:
-        what, flops = f"{name}: token by token", 0  # bound by memory, not by arithmetic
-    return bench_row(what, "tokens/s", (ours, theirs), (T, T), peer.name, args, flops)
+    ours, theirs = functools.partial(read_all, our_read), functools.partial(read_all, peer.read)
+    T = sum(tokens.shape[1] for tokens in pieces)
+    flops = weight_flops(model, T, 1) if len(pieces) == 1 else 0  # else bound by memory
+    return f"{model.name}: {name}", "tokens/s", ours, theirs, (T, T), peer.name, flops
 
 
-def bench_length(name: str, model: LanguageModel, layers: int, args) -> dict:
-    """Tokens a second of a long text in the first `layers` layers, against a short text (1: a
-    token's cost does not grow; attention's does)."""
-    short, long = (256, 1024) if args.quick else (1024, 8192)
-    stream = model.embed(random_tokens(model, 1, long))
+def length(model: LanguageModel, tokens: Tensor, layers: int) -> tuple:
+    """A text in the first `layers` layers against its first eighth, per token (1: a token's cost
+    does not grow; attention's does). tokens [1, T]"""
+    T = tokens.shape[1]
 
-    def read_long():
-        model.run(stream, last=layers)
+    def start(n: int) -> Tensor:
+        stream, _ = model.run(model.embed(tokens[:, :n]), last=layers)
+        return stream.x[:, : T // 8]
 
-    def read_short():
-        model.run(stream.times(0, short), last=layers)
-
-    what, both = f"{name}: {long:,} tokens, {layers} layers", (read_long, read_short)
-    return bench_row(what, "tokens/s", both, (long, short), f"itself at {short:,}", args)
+    ours, theirs = functools.partial(start, T), functools.partial(start, T // 8)
+    name = f"{model.name}: {T:,} tokens, {layers} layers"
+    return name, "tokens/s", ours, theirs, (T, T // 8), f"itself at {T // 8:,}"
 
 
-def bench_cells(name: str, model: LanguageModel, args) -> dict:
+def cells(model: LanguageModel, tokens: Tensor) -> tuple:
     """What all heads of a layer write, collected in one pass, against a pass per head."""
-    tokens, layer = random_tokens(model, 4, 128), model.recurrent_layers[1]
+    layer = model.recurrent_layers[:2][-1]
     H = model.layers[layer].mixer.heads
 
-    def together():
-        writesae.collect(model, tokens, layer, list(range(H)))
+    def values(passes: Tensor) -> Tensor:
+        collected = []
+        for heads in passes.tolist():
+            collected += writesae.collect(model, tokens, layer, heads)
+        return torch.stack([X.values for X in collected])
 
-    def one_by_one():
-        for head in range(H):
-            writesae.collect(model, tokens, layer, [head])
-
-    what, both = f"{name}: writes of {H} heads", (together, one_by_one)
-    return bench_row(what, "heads/s", both, (H, H), "a pass per head", args)
-
-
-@torch.enable_grad()
-def bench_training(size: int, n_atoms: int, args) -> list[dict]:
-    """Steps of an SAE on writes as factors, against the same steps on K x V matrices, losses
-    asserted equal; and the peak memory of a step, beyond what was there before it."""
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    rng = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(n_atoms, size, generator=rng) for _ in range(2))
-    X = writesae.write_of(k, v)
-    matrices, sae = writesae.matrix_of(X.matrix()), WriteSAE(n_atoms, size, size)
-
-    def two_steps(inputs: Factored) -> list[float]:
-        return writesae.fit_gradient(sae, inputs, rng.manual_seed(0), steps=2, batch=1024)
-
-    def ours() -> list[float]:
-        return two_steps(X)
-
-    def theirs() -> list[float]:
-        return two_steps(matrices)
-
-    torch.testing.assert_close(ours(), theirs(), rtol=1e-3, atol=1e-6)
-    peaks = []
-    for function in (ours, theirs):
-        with MemTracker() as tracker:
-            function()
-        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-        peaks.append(peak / 2**20)
-    what = f"SAE step, {n_atoms:,} atoms of {size} x {size}"
-    row = bench_row(what, "steps/s", (ours, theirs), (2, 2), "on matrices", args)
-    memory = dict(ours=peaks[0], peer=peaks[1], unit="MiB", ratio=peaks[1] / peaks[0])
-    return [row, row | memory | dict(name=what + ", memory")]
+    ours = functools.partial(values, torch.arange(H)[None])
+    theirs = functools.partial(values, torch.arange(H)[:, None])
+    return f"{model.name}: writes of {H} heads", "heads/s", ours, theirs, (H, H), "a pass per head"
 
 
-def full_size(folder: str) -> str:
-    """A random checkpoint of Qwen3.5-0.8B's shape, 752 million weights in bf16, with the tokenizer
-    of checkpoints/gdn. Returns its folder."""
-    shape = SHAPES["gdn"] | dict(
-        num_hidden_layers=24,
-        hidden_size=1024,
-        intermediate_size=3584,
-        vocab_size=248_320,
-        linear_num_key_heads=16,
-        linear_num_value_heads=16,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=256,
-        rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25),
-    )
+def training(size: int, n_atoms: int):
+    """Yield two rows: steps of an SAE on writes as factors, against the same steps on K x V
+    matrices, in time and in the peak of memory."""
+    k, v = torch.randn(2, n_atoms, size, generator=torch.Generator().manual_seed(0))
+    X, sae = writesae.write_of(k, v), WriteSAE(n_atoms, size, size)
+
+    @torch.enable_grad()
+    def losses(inputs: Factored) -> Tensor:
+        rng = torch.Generator().manual_seed(0)
+        return torch.tensor(writesae.fit_gradient(sae, inputs, rng, steps=2, batch=1024))
+
+    matrices = writesae.matrix_of(X.matrix())
+    both = functools.partial(losses, X), functools.partial(losses, matrices)
+    name = f"SAE step, {n_atoms:,} atoms of {size} x {size}"
+    yield name, "steps/s", *both, (2, 2), "on matrices"
+    yield name + ", memory", "MiB", *both, (2, 2), "on matrices"
+
+
+def full_size(folder: str, device: torch.device) -> LanguageModel:
+    """A random checkpoint of Qwen3.5-0.8B's shape, 752 million weights in bf16, in that folder."""
+    shape = shape_of("gdn") | dict(hidden_size=1024, num_hidden_layers=24, intermediate_size=3584)
+    shape |= dict(linear_num_key_heads=16, linear_num_value_heads=16, num_attention_heads=8)
+    shape |= dict(linear_key_head_dim=128, linear_value_head_dim=128, head_dim=256)
+    shape["rope_parameters"] |= dict(rope_theta=1e7, partial_rotary_factor=0.25)
+    shape["vocab_size"] = 248_320
     model = models.build(shape)
     initialise(model, torch.Generator().manual_seed(0))
     models.save(model, shape, folder, torch.bfloat16)
-    shutil.copy(os.path.join(HERE, "checkpoints", "gdn", "tokenizer.json"), folder)
-    return folder
+    return models.load(folder, device, torch.bfloat16)
 
 
-def bench_model(name: str, args):
-    """Yield a model's rows. RWKV-7's own weights are read as heads of 64, not 32, which is all that
-    its authors' package takes: another model, the same work."""
-    model = open_model(name, args)
+def heads_of_64(model: LanguageModel) -> LanguageModel:
+    """RWKV-7's weights read as heads of 64, all that its authors' package takes: the same work."""
+    config = models.read_json(os.path.join(model.folder, "config.json"))
+    wide = models.build(config | dict(head_dim=64)).requires_grad_(False).to(model.device)
+    for old, new in zip(model.parameters(), wide.parameters()):
+        new.copy_(old.view(new.shape))
+    return wide
+
+
+def model_rows(model: LanguageModel, quick: bool):
+    """Yield what `measured` takes for a model's rows; of a large model those of reading only."""
+    name, large = os.path.basename(model.name), model.vocab > 100_000
     if model.architecture == "rwkv7":
-        own, model = model, models.build(SHAPES["rwkv7"] | dict(head_dim=64))
-        for old, new in zip(own.parameters(), model.requires_grad_(False).parameters()):
-            new.copy_(old.view(new.shape))
+        model = heads_of_64(model)
+    model.name = name
     try:
         peer = Peer(model)
     except ModuleNotFoundError as error:
         say(f"{name}: no rows, since the package {error.name} is not installed")
         return
-    name, big = os.path.basename(name), model.vocab > 100_000
-    if not big:
-        P = 32 if args.quick else 256
-        for at_once in (1,) if peer.name == "rwkv" else (1, P):
-            yield bench_branches(name, model, peer, P, at_once, args)
-    for T in (128, 512) if args.quick else (512,) if big else (512, 4096):
-        yield bench_reading(name, model, peer, T, T, args)
-    yield bench_reading(name, model, peer, 8 if big else 32, 1, args)
-    if not big:
-        n = len(model.layers)
-        attention = [i for i in range(n) if not model.layers[i].recurrent]
-        for layers in sorted({n, *attention[:1]}):
-            yield bench_length(name, model, layers, args)
-        yield bench_cells(name, model, args)
+    P, lengths, longest = (32, (128, 512), 1024) if quick else (256, (512, 4096), 8192)
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.vocab, (P, longest), generator=rng).to(model.device)
+    for T in lengths[:1] if large else lengths:
+        yield reading(model, peer, [tokens[:1, :T]], f"read {T:,} tokens")
+    singles = tokens[:1, : 8 if large else 32].split(1, 1)
+    yield reading(model, peer, singles, "token by token")
+    if large:
+        return
+    for at_once in (1,) if peer.name == "rwkv" else (1, P):
+        yield branches(model, peer, tokens[:, : 64 + HORIZONS], at_once)
+    recurrent = [block.recurrent for block in model.layers]
+    if not all(recurrent):
+        yield length(model, tokens[:1], recurrent.index(False))  # the layers below attention
+    yield length(model, tokens[:1], len(recurrent))
+    yield cells(model, tokens[:4, :128])
 
 
 def bench_rows(args):
-    """Yield every row."""
+    """Yield what `measured` takes for every row."""
     for name in args.models:
-        yield from bench_model(name, args)
+        yield from model_rows(open_model(name, args), args.quick)
     for size in (64,) if args.quick else (64, 128):
-        yield from bench_training(size, 256 if args.quick else 2048, args)
+        yield from training(size, 256 if args.quick else 2048)
     if args.full_size:
         with tempfile.TemporaryDirectory() as folder:
-            args.dtype = "bf16"
-            yield from bench_model(full_size(os.path.join(folder, "752M")), args)
+            model = full_size(os.path.join(folder, "752M"), pick_device(args.device))
+            yield from model_rows(model, args.quick)
 
 
 BENCH_LEGEND = """\
@@ -1578,8 +1529,8 @@ is better. of floor: the time of the products with the weights alone, at the rat
 product measured in turn, as a share of our time."""
 BENCH_COLUMNS = {
     "what                                        ": "{name}",
-    "ours": "{ours:,.1f}",
-    "peer": "{peer:,.1f}",
+    "     ours": "{ours:,.1f}",
+    "     peer": "{peer:,.1f}",
     "unit      ": "{unit}",
     "ratio": "{ratio:.2f}",
     "of floor": "{of_floor:.0%}",
@@ -1593,68 +1544,46 @@ def bench(args) -> int:
     print(BENCH_LEGEND)
     say(f"bench: {torch.get_num_threads()} threads, {pick_device(args.device)}, seed 0")
     rows, printer = [], TablePrinter(BENCH_COLUMNS)
-    for row in bench_rows(args):
-        rows.append(row)
-        printer.print(row)
+    for what in bench_rows(args):
+        rows.append(measured(args, *what))
+        printer.print(rows[-1])
     if args.json:
         write_text(args.json, json.dumps(rows, indent=1))
     if args.markdown:
-        write_section(args.markdown, args.title, BENCH_LEGEND, printer, rows)
+        write_section(args, BENCH_LEGEND, BENCH_COLUMNS, rows)
     return 0
 
 
-# --------------------------------------------------------------------------------------------------
-# picture: the method in one drawing
-# --------------------------------------------------------------------------------------------------
+# ---- picture: the method in one drawing ----------------------------------------------------------
 def picture(args) -> int:
     """Draw the method: a write, an atom, the swap, the reads, KL."""
-    figure, (axis,) = panels(1, 9.6, 3.1)
-    axis.set(xlim=(0, 16), ylim=(0, 5))
+    figure, (axis,) = panels(1, 9, 3.1)
+    axis.set(xlim=(0, 16), ylim=(0, 5.2))
     axis.axis("off")
+    orange, blue = "#D55E00", "#0072B2"
     boxes = [
-        (1.6, 3.6, "write\n$k\\,v^\\top$", "tab:orange"),
-        (1.6, 1.2, "atom\n$a\\,A_i$", "tab:blue"),
-        (6.2, 3.6, "state $S_t$", "tab:orange"),
-        (6.2, 1.2, "state $S_t - k v^\\top + a A_i$", "tab:blue"),
-        (10.6, 3.6, "ten more reads", "tab:orange"),
-        (10.6, 1.2, "the same reads", "tab:blue"),
-        (14.4, 2.4, "KL\nnative ‖ edited", "black"),
+        (1.5, 4.1, "write\n$k\\,v^\\top$", orange),
+        (6.1, 4.1, "state\n$S$", orange),
+        (10.6, 4.1, "this and ten\nmore reads", orange),
+        (1.5, 1.4, "atom\n$a\\,A_i$", blue),
+        (6.1, 1.4, "edited state\n$S - k v^\\top + a\\,A_i$", blue),
+        (10.6, 1.4, "the same\nreads", blue),
+        (14.4, 2.75, "KL(native\n‖ edited)", "black"),
     ]
+    patches = []
     for x, y, text, colour in boxes:
-        axis.text(
-            x,
-            y,
-            text,
-            ha="center",
-            va="center",
-            fontsize=12,
-            bbox=dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor=colour, linewidth=2),
-        )
-    arrows = [
-        ((2.5, 3.6), (5.3, 3.6)),
-        ((2.5, 1.2), (4.0, 1.2)),
-        ((7.2, 3.6), (9.0, 3.6)),
-        ((8.4, 1.2), (9.1, 1.2)),
-        ((12.2, 3.6), (13.4, 2.9)),
-        ((12.2, 1.2), (13.4, 1.9)),
-    ]
-    for start, end in arrows:
-        axis.annotate(
-            "", end, start, arrowprops=dict(arrowstyle="-|>", linewidth=1.5, color="grey")
-        )
-    axis.annotate(
-        "", (1.6, 1.9), (1.6, 2.9), arrowprops=dict(arrowstyle="-|>", linewidth=1.5, color="grey")
-    )
-    axis.text(1.8, 2.4, "coded by its\ndominant atom", fontsize=9, va="center")
-    axis.text(0.2, 4.7, "the unmodified model", fontsize=10, color="tab:orange")
-    axis.text(
-        0.2,
-        0.2,
-        "one write exchanged for its atom; for nothing, an untrained atom, a random direction",
-        fontsize=10,
-        color="tab:blue",
-    )
-    save_then_rename(lambda path: figure.savefig(path, dpi=130, format="png"), args.plot)
+        style = dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor=colour, linewidth=2)
+        box = axis.text(x, y, text, ha="center", va="center", fontsize=13, bbox=style)
+        patches.append(box.get_bbox_patch())
+    for i, j in ((0, 1), (1, 2), (2, 6), (3, 4), (4, 5), (5, 6), (0, 3), (1, 4)):
+        style = dict(arrowstyle="-|>", linewidth=1.5, color="dimgrey", shrinkA=3, shrinkB=3)
+        style |= dict(patchA=patches[i], patchB=patches[j])
+        axis.annotate("", boxes[j][:2], boxes[i][:2], arrowprops=style)
+    axis.text(1.7, 2.75, "coded by the\nSAE's best atom", fontsize=11, va="center")
+    axis.text(6.3, 2.75, "one swapped\nfor the other", fontsize=11, va="center")
+    controls = "controls instead of the atom: nothing, an untrained atom, a random direction"
+    axis.text(0.3, 0.1, controls, fontsize=11, color=blue)
+    save_figure(figure, args.plot, 130)
     return 0
 
 
@@ -1685,62 +1614,17 @@ def train(args) -> int:
     return 0
 
 
-# --------------------------------------------------------------------------------------------------
-# pretrain: the three embedded models
-# --------------------------------------------------------------------------------------------------
-COMMON = dict(vocab_size=2048, hidden_size=128, bos_token_id=0, eos_token_id=0)
-# Few heads of 32 x 32 and 0.9 to 1.4 million parameters, so that two CPU cores can train them.
-SHAPES = {
-    "gdn": dict(
-        model_type="qwen3_5_text",
-        architectures=["Qwen3_5ForCausalLM"],
-        num_hidden_layers=4,
-        intermediate_size=384,
-        linear_num_key_heads=4,
-        linear_num_value_heads=4,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        full_attention_interval=4,
-        tie_word_embeddings=True,
-        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
-        max_position_embeddings=4096,
-        **COMMON,
-    ),
-    "mamba2": dict(
-        model_type="mamba2",
-        architectures=["Mamba2ForCausalLM"],
-        num_hidden_layers=6,
-        num_heads=8,
-        head_dim=32,
-        n_groups=1,
-        state_size=32,
-        expand=2,
-        conv_kernel=4,
-        chunk_size=64,
-        tie_word_embeddings=True,
-        time_step_limit=[0.0, {"__float__": "Infinity"}],
-        **COMMON,
-    ),
-    "rwkv7": dict(
-        model_type="rwkv7",
-        architectures=["RWKV7ForCausalLM"],
-        num_hidden_layers=4,
-        head_dim=32,
-        intermediate_size=512,
-        decay_low_rank_dim=16,
-        a_low_rank_dim=16,
-        v_low_rank_dim=16,
-        gate_low_rank_dim=32,
-        norm_eps=1e-5,
-        **COMMON,
-    ),
-}
+# ---- pretrain: the three embedded models ---------------------------------------------------------
 BATCH = 8  # windows a step: with Muon, many small steps are the better use of a CPU's hours
 SAVE_EVERY = 200  # steps: what a run that is stopped goes on from
 PEAK_LR = 1.2e-2  # of both optimisers, after a short warm-up; then linearly to zero
+
+
+def shape_of(name: str) -> dict:
+    """An embedded model's config.json, less what its training added. Few heads of 32 x 32 and 0.9
+    to 1.4 million parameters: two CPU cores can train it."""
+    config = models.read_json(os.path.join(HERE, "checkpoints", name, "config.json"))
+    return {key: x for key, x in config.items() if key not in ("pretraining", "dtype")}
 
 
 def train_tokenizer(texts, vocab: int):
@@ -1750,15 +1634,12 @@ def train_tokenizer(texts, vocab: int):
     tokenizer = Tokenizer(kinds.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab,
-            special_tokens=["<|endoftext|>"],
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    first = ["<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=first, initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
@@ -1783,28 +1664,30 @@ def initialise(model: LanguageModel, generator: torch.Generator):
 
     normal(model.embedding.weight, 0.05)
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d)):
+        if isinstance(module, nn.Conv1d):
+            normal(module.weight, 0.3)
+        elif isinstance(module, nn.Linear):
             back = name.endswith(("out_proj", "o_proj", "down_proj", "mlp.value"))
-            linear = 0.0 if back else module.weight.shape[1] ** -0.5
-            normal(module.weight, 0.3 if isinstance(module, nn.Conv1d) else linear)
-            if module.bias is not None:
-                module.bias.zero_()
+            normal(module.weight, 0.0 if back else module.in_features**-0.5)
+        if isinstance(module, (nn.Conv1d, nn.Linear)) and module.bias is not None:
+            module.bias.zero_()
     for module in model.modules():
         if isinstance(module, models.GatedDeltaNet):  # decays e^{−A Δ}, A 1 to 16, Δ 0.001 to 0.1
             module.A_log.copy_(uniform(module.heads, 1, 16).log())
             module.dt_bias.copy_(inverse_softplus(uniform(module.heads, -6.9, -2.3).exp()))
         elif isinstance(module, models.Mamba2):
-            # Here Δ scales the write too. The paper's 0.001 to 0.1 leaves it so small beside the
-            # skip D x that a short training never uses the state: start with Δ 0.1 to 1 and no
-            # skip.
-            module.A_log.copy_(uniform(module.heads, math.log(0.1), math.log(2)))
-            module.dt_bias.copy_(inverse_softplus(uniform(module.heads, math.log(0.1), 0).exp()))
+            # Δ scales the write too: at the paper's 0.001 to 0.1 the skip D x is so much larger
+            # that a short training never uses the state. So Δ 0.1 to 1, and no skip.
+            low = math.log(0.1)
+            module.A_log.copy_(uniform(module.heads, low, math.log(2)))
+            module.dt_bias.copy_(inverse_softplus(uniform(module.heads, low, 0).exp()))
             module.D.zero_()
         elif isinstance(module, models.RWKV7):
             ramp = torch.linspace(0, 1, module.x_r.numel())
             for c, power in zip("rwkvag", (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)):
                 getattr(module, f"x_{c}").copy_(1 - ramp**power)
-            module.w_lora[2].bias.copy_(-6 + 6.5 * torch.linspace(0, 1, module.heads * module.K))
+            decay = module.w_lora[2].bias
+            decay.copy_(-6 + 6.5 * torch.linspace(0, 1, decay.numel()))
         elif isinstance(module, models.ChannelMix):
             module.x_k.copy_(1 - torch.linspace(0, 1, module.x_k.numel()) ** 2)
 
@@ -1820,136 +1703,108 @@ def optimisers(model: LanguageModel) -> list[torch.optim.Optimizer]:
     for name, p in model.named_parameters():
         inside = name.startswith("layers") and p.dim() == 2 and min(p.shape) >= 32
         (matrices if inside else others).append(p)
-    return [
-        torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.95)),
-    ]
+    muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.95))]
 
 
 def training_batch(tokens: Tensor, seed: int, step: int) -> Tensor:
-    """The step-th batch [BATCH, CONTEXT + 1]: every epoch cuts the text at new places and
-    shuffles."""
+    """The step-th batch [BATCH, CONTEXT + 1]: each epoch cuts the text anew and shuffles."""
     per_epoch = (len(tokens) - 2 * CONTEXT) // CONTEXT // BATCH
     epoch, i = divmod(step, per_epoch)
     generator = torch.Generator().manual_seed(seed * 1000 + epoch)
     offset = torch.randint(CONTEXT, (1,), generator=generator)
-    order = torch.randperm(per_epoch * BATCH, generator=generator)[i * BATCH : (i + 1) * BATCH]
-    return tokens[offset + order[:, None] * CONTEXT + torch.arange(CONTEXT + 1)]
+    order = torch.randperm(per_epoch * BATCH, generator=generator)
+    starts = offset + order[i * BATCH : (i + 1) * BATCH] * CONTEXT
+    return tokens[starts[:, None] + torch.arange(CONTEXT + 1)]
 
 
 @torch.inference_mode()
-def bits_per_byte(
-    model: LanguageModel, tokens: Tensor, bytes_per_token: float, limit: int | None = None
-) -> float:
+def bits_per_byte(model: LanguageModel, tokens: Tensor, size: float, limit: int | None = None):
     """Held-out cross-entropy in bits per byte of text (lower is better): windows of CONTEXT tokens
     that move by half a window, each token scored once, with half a window or more before it.
-    limit: only so many windows, spread evenly."""
+    size: bytes per token; limit: only about so many windows, spread evenly."""
     half, nats = CONTEXT // 2, []
     starts = torch.arange(0, len(tokens) - CONTEXT - 1, half)
     if limit:
         starts = starts[:: max(1, len(starts) // limit)]
     for part in starts.split(16):
         x = tokens[part[:, None] + torch.arange(CONTEXT + 1)].to(model.device)
-        logits = model(x[:, :-1])[0][:, half:]
-        nats.append(F.cross_entropy(logits.float().mT, x[:, half + 1 :], reduction="none").cpu())
-    return torch.cat(nats).mean().item() / math.log(2) / bytes_per_token
+        logits, _ = model(x[:, :-1])
+        scored = logits[:, half:].float().mT
+        nats.append(F.cross_entropy(scored, x[:, half + 1 :], reduction="none").cpu())
+    return torch.cat(nats).mean().item() / math.log(2) / size
 
 
-def pretrain(args) -> int:
-    """Train the embedded models from nothing, each into args.out/NAME in the hub's layout."""
-    for name in args.models:
-        folder = os.path.join(args.out, name)
-        if os.path.exists(os.path.join(folder, "model.safetensors")) and not args.force:
-            raise InputError(
-                f"{folder} holds a model; --force writes over it, --out FOLDER names another "
-                "place"
-            )
-        os.makedirs(folder, exist_ok=True)
-        pretrain_one(name, folder, args)
-    return 0
+def train_step(parts: list, x: Tensor, step: int, steps: int) -> float:
+    """One of `steps` steps of parts (the model and its optimisers) on tokens x [BATCH, CONTEXT +
+    1]; the loss in nats per token."""
+    model, *both = parts
+    with torch.autocast(x.device.type, torch.bfloat16):
+        logits, _ = model(x[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), x[:, 1:].flatten())
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimiser in both:
+        for group in optimiser.param_groups:
+            group["lr"] = PEAK_LR * min(1, (step + 1) / 100, (steps - step) / (0.9 * steps))
+        optimiser.step()
+        optimiser.zero_grad()
+    return loss.item()
+
+
+def resume(parts: list, path: str, steps: int) -> int:
+    """How many steps are done: 0, or what a run of the same length has saved, loaded into parts."""
+    if not os.path.exists(path):
+        return 0
+    saved = torch.load(path, weights_only=True, map_location=parts[0].device)
+    if saved["steps"] != steps:
+        return 0
+    for part, state in zip(parts, saved["states"]):
+        part.load_state_dict(state)
+    say(f"going on from step {saved['done']}")
+    return saved["done"]
 
 
 def pretrain_one(name: str, folder: str, args):
-    """One of them. Interrupted, it goes on from its last save as if it had never stopped."""
-    training, tested = choose_text(args)
-    tokenizer = train_tokenizer(training.values(), COMMON["vocab_size"])
-    train_tokens, test_tokens = encode_files(tokenizer, training), encode_files(tokenizer, tested)
-    bytes_per_token = sum(len(text.encode()) for text in tested.values()) / len(test_tokens)
-    model = models.build(SHAPES[name]).to(pick_device(args.device))
+    """One model. Interrupted, it goes on from its last save as if it had never stopped."""
+    (training, tested), shape = choose_text(args), shape_of(name)
+    tokenizer = train_tokenizer(training.values(), shape["vocab_size"])
+    tokens, unseen = encode_files(tokenizer, training), encode_files(tokenizer, tested)
+    size = sum(len(text.encode()) for text in tested.values()) / len(unseen)
+    model = models.build(shape).to(pick_device(args.device))
     initialise(model, torch.Generator().manual_seed(args.seed))
+    parts, path = [model, *optimisers(model)], os.path.join(folder, "resume.pt")
     steps = max(1, (50_000 if args.quick else args.tokens) // (CONTEXT * BATCH))
-    say(
-        f"pretrain {name}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{len(train_tokens):,} training tokens, {len(test_tokens):,} held out "
-        f"({bytes_per_token:.2f} bytes each), {steps:,} steps of {BATCH} x {CONTEXT} tokens, "
-        f"{model.device}, bf16 products "
-        f"(fp32 weights and recurrence), seed {args.seed}"
-    )
-    run = TrainingRun(model, optimisers(model), steps, os.path.join(folder, "resume.pt"))
-    bpb = math.nan
-    for step in tqdm(range(run.resume(), steps), total=steps, file=sys.stderr, disable=None):
-        loss = run.step(step, training_batch(train_tokens, args.seed, step).to(model.device))
-        done = step + 1
+    say(f"pretrain {name}: {steps:,} steps of {BATCH} x {CONTEXT} of {len(tokens):,} tokens,")
+    say(f"{len(unseen):,} held out ({size:.2f} bytes each), {model.device}, seed {args.seed}")
+    first = resume(parts, path, steps)
+    for step in tqdm(range(first, steps), total=steps, file=sys.stderr, disable=None):
+        x = training_batch(tokens, args.seed, step).to(model.device)
+        loss, done = train_step(parts, x, step, steps), step + 1
         if done % SAVE_EVERY == 0 or done == steps:
-            limit = 64 if args.quick or done < steps else None
-            bpb = bits_per_byte(model, test_tokens, bytes_per_token, limit)
-            say(f"step {done:5d}  train {loss:.3f} nats/token  held-out {bpb:.3f} bits/byte")
-            run.save(done)
-    if math.isnan(bpb):  # it had stopped after its last step
-        bpb = bits_per_byte(model, test_tokens, bytes_per_token, 64 if args.quick else None)
-    how = dict(steps=steps, tokens=steps * CONTEXT * BATCH, held_out_bits_per_byte=round(bpb, 4))
-    models.save(model, SHAPES[name] | dict(pretraining=how), folder)
+            bits = bits_per_byte(model, unseen, size, 64)
+            say(f"step {done:5d}  train {loss:.3f} nats/token  held-out {bits:.3f} bits/byte")
+            saved = dict(done=done, steps=steps, states=[part.state_dict() for part in parts])
+            save_then_rename(functools.partial(torch.save, saved), path)
+    bits = bits_per_byte(model, unseen, size, 64 if args.quick else None)
+    how = dict(steps=steps, tokens=steps * CONTEXT * BATCH, held_out_bits_per_byte=round(bits, 4))
+    models.save(model, shape | dict(pretraining=how), folder)
     save_then_rename(tokenizer.save, os.path.join(folder, "tokenizer.json"))
-    os.remove(run.path)
-    print(f"{name}: held-out {bpb:.3f} bits per byte, saved in {folder}")
+    os.remove(path)
+    print(f"{name}: held-out {bits:.3f} bits per byte, saved in {folder}")
 
 
-class TrainingRun(NamedTuple):
-    """A model in training, its optimisers, and the file that it can go on from."""
-
-    model: LanguageModel
-    optimisers: list[torch.optim.Optimizer]
-    steps: int
-    path: str
-
-    def step(self, step: int, x: Tensor) -> float:
-        """One step on tokens x [BATCH, CONTEXT + 1]; the loss in nats per token."""
-        with torch.autocast(x.device.type, torch.bfloat16):
-            logits, _ = self.model(x[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), x[:, 1:].flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = PEAK_LR * min(
-                    1, (step + 1) / 100, (self.steps - step) / (0.9 * self.steps)
-                )
-            optimiser.step()
-            optimiser.zero_grad()
-        return loss.item()
-
-    def save(self, done: int):
-        """Everything that the next step depends on."""
-        saved = dict(
-            step=done,
-            steps=self.steps,
-            model=self.model.state_dict(),
-            optimisers=[optimiser.state_dict() for optimiser in self.optimisers],
-        )
-        save_then_rename(lambda path: torch.save(saved, path), self.path)
-
-    def resume(self) -> int:
-        """The number of steps that are done: 0, or what a run of the same length has saved."""
-        if not os.path.exists(self.path):
-            return 0
-        saved = torch.load(self.path, weights_only=True, map_location=self.model.device)
-        if saved["steps"] != self.steps:
-            return 0
-        self.model.load_state_dict(saved["model"])
-        for optimiser, state in zip(self.optimisers, saved["optimisers"]):
-            optimiser.load_state_dict(state)
-        say(f"going on from step {saved['step']}")
-        return saved["step"]
+def pretrain(args) -> int:
+    """Train the embedded models from nothing, each into args.out/NAME in the hub's layout. Raises
+    InputError where a model is already, unless --force."""
+    for name in args.models:
+        folder = os.path.join(args.out, name)
+        if os.path.exists(os.path.join(folder, "model.safetensors")) and not args.force:
+            advice = "--force writes over it, --out FOLDER names another place"
+            raise InputError(f"{folder} holds a model; {advice}")
+        os.makedirs(folder, exist_ok=True)
+        pretrain_one(name, folder, args)
+    return 0
 
 
 # ---- The command line ----------------------------------------------------------------------------
