@@ -80,14 +80,15 @@ def write_of(k: Tensor, v: Tensor) -> Factored:
 
 def matrix_of(X: Tensor) -> Factored:
     """Any matrix X [..., K, V] = Σ_c unit_c X_cᵀ, with its own rows as values -> r = K."""
-    K = X.shape[-2]
-    return Factored(torch.eye(K).to(X).expand(*X.shape[:-2], K, K), X)
+    *many, K, _ = X.shape
+    unit = torch.eye(K).to(X)
+    return Factored(unit.expand(*many, K, K), X)
 
 
 def inner(X: Factored, Y: Factored) -> Tensor:
     """⟨X, Y⟩ = Σ_rs (keys_r · keys'_s)(values_r · values'_s) -> [...]; inner(X, X) is ‖X‖²."""
-    rank, K = max(X.keys.shape[-2], Y.keys.shape[-2]), X.keys.shape[-1]
-    if rank > K:  # then the matrices are the cheaper form
+    rank = max(X.keys.shape[-2], Y.keys.shape[-2])
+    if rank > X.keys.shape[-1]:  # then the matrices are the cheaper form
         return (X.matrix() * Y.matrix()).sum((-2, -1))
     products = (X.keys @ Y.keys.mT) * (X.values @ Y.values.mT)
     return products.sum((-2, -1))
@@ -158,7 +159,8 @@ class Bank(nn.Module):
             return
         first = leading_pair(X)
         length = first.values.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-        ratio = (first.keys.norm(dim=-1, keepdim=True) / length).clamp_min(1e-30).sqrt()
+        ratio = first.keys.norm(dim=-1, keepdim=True) / length
+        ratio = ratio.clamp_min(1e-30).sqrt()
         rank = self.keys.shape[1]
         self.keys[which] = (first.keys / ratio).expand(-1, rank, -1)
         self.values[which] = (first.values * ratio).expand(-1, rank, -1)
@@ -240,7 +242,9 @@ class WriteSAE(nn.Module):
     def see(self, X: Factored) -> Factored:
         """From the model's coordinates into the SAE's (and centred, if it is so set)."""
         X = Factored(X.keys @ self.to_k, X.values @ self.to_v)
-        return X if self.mean is None else X.minus(matrix_of(self.mean.expand(len(X.keys), -1, -1)))
+        if self.mean is None:
+            return X
+        return X.minus(matrix_of(self.mean.expand(len(X.keys), -1, -1)))
 
     def unsee(self, X: Factored) -> Factored:
         """And back (the mean is not added: atoms are differences)."""
@@ -253,7 +257,8 @@ class WriteSAE(nn.Module):
         if self.sparsity == "batchtopk":
             cut = self.threshold[index]
             if training:
-                cut = a.detach().flatten().topk(self.active * len(a)).values[-1]
+                largest = a.detach().flatten().topk(self.active * len(a)).values
+                cut = largest[-1]
                 self.threshold.data.lerp_(cut.expand(self.n_atoms), 0.01)
             a = a * (a >= cut)
         elif self.sparsity == "jumprelu":
@@ -281,7 +286,8 @@ class WriteSAE(nn.Module):
         if self.sparsity == "pursuit":
             return self.pursue(X)
         norm = inner(X, X).sqrt()
-        index, a = self.select(self.readers.products(X.times(1 / norm.clamp_min(1e-30))))
+        unit = X.times(1 / norm.clamp_min(1e-30))
+        index, a = self.select(self.readers.products(unit))
         return index, a * norm[:, None]
 
     def pursue(self, X: Factored) -> tuple[Tensor, Tensor]:
@@ -314,7 +320,8 @@ class WriteSAE(nn.Module):
         if self.readers is not self.atoms:
             # active atoms that overlap would sum up to too much: each reader starts with its share
             A = self.atoms.at(which)
-            self.readers.put(which, A.times(torch.full_like(A.values[:, 0, 0], 1 / self.active)))
+            share = torch.full_like(A.values[:, 0, 0], 1 / self.active)
+            self.readers.put(which, A.times(share))
 
     def save(self, path: str):
         """Atoms and readers in the model's coordinates (fp16: three digits), and cfg, in one
@@ -408,7 +415,8 @@ def best_atom(keys: Tensor, values: Tensor, x: Tensor, y: Tensor, rows: int = 12
     A block of rows at a time stays in the processor's cache."""
     a, atom = [], []
     for x_block, y_block in zip(x.split(rows), y.split(rows)):
-        best = ((x_block @ keys.T) * (y_block @ values.T)).max(-1)
+        scores = (x_block @ keys.T) * (y_block @ values.T)
+        best = scores.max(-1)
         a.append(best.values)
         atom.append(best.indices)
     return torch.cat(a), torch.cat(atom)
@@ -440,13 +448,15 @@ def fit_alternating(
     in place; returns the share of energy explained, mean a², of every step.
     """
     X = sae.see(write_of(k, v))
-    k, v = F.normalize(X.keys[:, 0], dim=-1), F.normalize(X.values[:, 0], dim=-1)
+    k = F.normalize(X.keys[:, 0], dim=-1)
+    v = F.normalize(X.values[:, 0], dim=-1)
 
     def draw(n: int) -> tuple[Tensor, Tensor]:
         pick = torch.randint(len(k), (n,), generator=generator).to(k.device)
         return k[pick], v[pick]
 
-    keys, values = sae.atoms.keys.data[:, 0], sae.atoms.values.data[:, 0]  # views: [n, K], [n, V]
+    keys = sae.atoms.keys.data[:, 0]  # a view, [n, K]
+    values = sae.atoms.values.data[:, 0]  # [n, V]
     keys[:], values[:] = draw(sae.n_atoms)
     key_sum, value_sum = torch.zeros_like(keys), torch.zeros_like(values)
     count = torch.zeros(sae.n_atoms, device=k.device)  # how many recent writes each sum holds
@@ -500,7 +510,8 @@ def fit_gradient(
     X = X.times(1 / inner(X, X).sqrt().clamp_min(1e-30))
 
     def draw(n: int) -> Factored:
-        return X.rows(torch.randint(len(X.keys), (n,), generator=generator).to(X.keys.device))
+        pick = torch.randint(len(X.keys), (n,), generator=generator)
+        return X.rows(pick.to(X.keys.device))
 
     sae.start(torch.arange(sae.n_atoms), draw(sae.n_atoms))
     if sae.threshold is not None:
@@ -509,8 +520,7 @@ def fit_gradient(
     silent = torch.zeros(sae.n_atoms, device=X.keys.device)  # samples since an atom was active
     history = []
     for step in progress(range(steps)):
-        decay = 0.55 + 0.45 * math.cos(math.pi * step / steps)  # a cosine to a tenth
-        optimiser.param_groups[0]["lr"] = lr * min(1, (step + 1) / 50) * decay  # after a warm-up
+        optimiser.param_groups[0]["lr"] = lr * schedule(step, steps)
         x = draw(batch)
         index, a = sae.select(sae.readers.products(x), training=True)
         R = x.minus(sae.assemble(index, a))
@@ -522,8 +532,7 @@ def fit_gradient(
         if len(dead):
             loss = loss + auxiliary_loss(sae, R, dead, k_aux) / 32
         if sae.sparsity == "jumprelu":
-            active = Step.apply(a.detach(), sae.threshold[index]).sum(-1).mean()
-            loss = loss + 0.1 * (active / sae.active - 1).square()
+            loss = loss + sparsity_loss(sae, index, a) / 10
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -537,7 +546,20 @@ def fit_gradient(
 def set_threshold(sae: WriteSAE, X: Factored):
     """The threshold that `active` atoms pass on the average over the unit inputs X."""
     scores = sae.readers.products(X).relu().flatten()
-    sae.threshold.data.fill_(scores.topk(sae.active * len(X.keys)).values[-1].item())
+    passing = scores.topk(sae.active * len(X.keys)).values
+    sae.threshold.data.fill_(passing[-1].item())
+
+
+def schedule(step: int, steps: int) -> float:
+    """The learning rate's share of its peak: up over 50 steps, along a cosine down to a tenth."""
+    cosine_to_a_tenth = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+    return min(1, (step + 1) / 50) * cosine_to_a_tenth
+
+
+def sparsity_loss(sae: WriteSAE, index: Tensor, a: Tensor) -> Tensor:
+    """JumpReLU's (L0/active − 1)², through which the thresholds learn."""
+    number = Step.apply(a.detach(), sae.threshold[index]).sum(-1).mean()
+    return (number / sae.active - 1).square()
 
 
 def auxiliary_loss(sae: WriteSAE, R: Factored, dead: Tensor, k_aux: int) -> Tensor:
@@ -726,7 +748,8 @@ def collect(
         values.append(X.values.flatten(0, 1))
     keys, values = torch.cat(keys), torch.cat(values)
     # `clone`: training needs gradients, which tensors made in inference mode refuse
-    return [Factored(keys[:, h].clone(), values[:, h].clone()) for h in range(len(heads))]
+    per_head = zip(keys.unbind(1), values.unbind(1))
+    return [Factored(k.clone(), v.clone()) for k, v in per_head]
 
 
 def read_metric(cell: Cell, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -779,7 +802,8 @@ def codes(cell: Cell) -> Table:
         index, a, A = cell.sae.dominant(X)
         position = torch.arange(tokens.shape[1]).repeat(len(passage))
         part = dict(passage=passage.repeat_interleave(tokens.shape[1]), position=position)
-        parts.append(part | dict(token=tokens.flatten(), index=index, a=a, cosine=cosine(A, X)))
+        part |= dict(token=tokens.flatten(), index=index, a=a)
+        parts.append(part | dict(cosine=cosine(A, X)))
     return stack(parts)
 
 
@@ -821,7 +845,8 @@ def taken_out(cell: Cell, at: Table, X: Factored) -> Tensor:
     change = torch.zeros(len(at["passage"]), cell.model.vocab)
     for p, i in events(cell, at):
         out = X.rows(i.to(p.passage.device))
-        change[i] = (p.branch(out._replace(values=-out.values)) - p.logp).mean(1).cpu().float()
+        edited = p.branch(out._replace(values=-out.values))
+        change[i] = (edited - p.logp).mean(1).cpu().float()
     return change
 
 
@@ -884,9 +909,9 @@ def controls(cell: Cell, p: Point, first: tuple[str, WriteSAE], part: Table) -> 
     index, a = part["index_" + name], part["a_" + name]
     other = (index + shift) % sae.n_atoms
     R = random_direction(X, draws, n).rows(p.passage)
-    return dict(
-        random=sae.decode(other[:, None], a[:, None]), projected=R.times(inner(R, X)), native=X
-    )
+    random = sae.decode(other[:, None], a[:, None])
+    projected = R.times(inner(R, X))
+    return dict(random=random, projected=projected, native=X)
 
 
 def random_direction(like: Factored, generator: torch.Generator, n: int | None = None) -> Factored:
@@ -912,7 +937,8 @@ def wilson(wins: int, n: int, z: float = 1.96) -> tuple[float, float]:
     p, z2 = wins / n, z * z
     middle = p + z2 / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+    low = (middle - half) / (1 + z2 / n)
+    high = (middle + half) / (1 + z2 / n)
     return max(low, 0.0), min(high, 1.0)
 
 
@@ -975,7 +1001,8 @@ def dictionary_figures(table: Table, name: str, cosine_min: float) -> dict:
         whole = rates(effect(table, name + "_whole"), delete)
         figures["whole_win_rate_all"] = whole["win_rate"]
         figures["whole_recovered_all"] = whole["recovered_pooled"]
-    figures["by_coverage"] = [dict(cosine_min=c) | at(c) for c in (-1.0, 0.5, 0.6, 0.71, 0.8, 0.9)]
+    thresholds = (-1.0, 0.5, 0.6, 0.71, 0.8, 0.9)
+    figures["by_coverage"] = [dict(cosine_min=c) | at(c) for c in thresholds]
     return figures
 
 
@@ -1129,21 +1156,18 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     delta_o = F.pad(delta_o[:, :, None], other_heads)  # [P, 11, H, V]
     y, y_edited = (block.mixer.output(x, s, rest) for x in (o, o + delta_o))
 
-    def pick(logits: Tensor) -> Tensor:  # [P, 11, vocab] -> [P, 11, n]
-        return at_least_fp32(logits).gather(-1, targets[:, None].expand(-1, HORIZONS, -1))
-
     def direct(eps: Tensor) -> Tensor:  # as if no layer came after this one
         moved = block.mixer.output(o + eps * delta_o, s, rest) - y
-        return pick(model.unembed(last._replace(x=last.x + moved)))
+        return of_tokens(model.unembed(last._replace(x=last.x + moved)), targets)
 
     def full(eps: Tensor) -> Tensor:  # the model
-        return pick(p.logits(change.times(eps)))
+        return of_tokens(p.logits(change.times(eps)), targets)
 
     def exact_head(eps: Tensor) -> Tensor:  # the model from y on
         between = p.stream._replace(x=p.stream.x + y + eps * (y_edited - y))
         fed, _ = block.feed(between, cache)
         after, _ = model.run(fed, p.cache, first=layer + 1)
-        return pick(model.unembed(after))
+        return of_tokens(model.unembed(after), targets)
 
     zero, one = delta_o.new_zeros(()), delta_o.new_ones(())
     measured = full(one) - full(zero)
@@ -1155,9 +1179,15 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     return torch.stack([rungs[name] for name in RUNGS], 1), measured
 
 
+def of_tokens(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [P, 11, vocab], targets [P, n] -> [P, 11, n]"""
+    return at_least_fp32(logits).gather(-1, targets[:, None].expand(-1, HORIZONS, -1))
+
+
 def fitted(x: Tensor, y: Tensor) -> Tensor:
     """x times the scalar that brings it nearest to y over the steps, dimension 1 of both."""
-    scalar = (x * y).sum(1, keepdim=True) / x.square().sum(1, keepdim=True)
+    power = x.square().sum(1, keepdim=True)
+    scalar = (x * y).sum(1, keepdim=True) / power
     return scalar.nan_to_num() * x
 
 
@@ -1175,7 +1205,8 @@ def ladder(cell: Cell, eps: float = 0.1) -> Table:
         size = inner(A, A).sqrt()
         edits = dict(swap=A.minus(X), delete=X.times(-torch.ones_like(size)))
         edits["small"] = A.times(eps / size)
-        targets = p.logp[:, 0].topk(max(RANKS)).indices[:, torch.tensor(RANKS) - 1]  # [n, 7]
+        ranked = p.logp[:, 0].topk(max(RANKS)).indices  # [n, 50]
+        targets = ranked[:, torch.tensor(RANKS) - 1]
         part = {name: at[name][i] for name in ("passage", "position", "index")}
         for name, change in edits.items():
             predicted, measured = logit_ladder(p, change, targets)
@@ -1260,7 +1291,8 @@ def read_prompts(model: LanguageModel, tokens: Tensor, heads, n: int = EDITED) -
         f"the prompt has {length} tokens; its last {n} are edited, and one must "
         "stand before them: give a longer one",
     )
-    last, (_, before) = tokens[:, -n:], model(tokens[:, :-n])
+    last = tokens[:, -n:]
+    _, before = model(tokens[:, :-n])
     logits, after = model(last, before)
     said, _ = model.generate(logits[:, -1], after, NEW)
     stream, inputs, gates = model.embed(last), [], []
@@ -1274,8 +1306,8 @@ def read_prompts(model: LanguageModel, tokens: Tensor, heads, n: int = EDITED) -
         stream, _ = model.run(stream, before, first=i, last=i + 1)
     # simplification: heads of all layers have one size, so that they can stand side by side
     s = StepInputs(*(None if x[0] is None else torch.cat(x, 2) for x in zip(*inputs)))
-    first = at_least_fp32(logits[:, -1])
-    return Prompts(model, sorted(heads), last, before, after, first, said, s, torch.cat(gates, 1))
+    first, gate = at_least_fp32(logits[:, -1]), torch.cat(gates, 1)
+    return Prompts(model, sorted(heads), last, before, after, first, said, s, gate)
 
 
 @torch.no_grad()
@@ -1323,7 +1355,8 @@ def edit_keys(s: StepInputs, side: str) -> Tensor:
     it is large, ‖k‖‖v‖, so that a value's length is the edit's size in native writes."""
     unit = F.normalize(s.k, dim=-1)
     if side == "read":
-        unit = torch.stack([read_key(s.times(t)) for t in range(s.q.shape[1])], 1)
+        n = s.q.shape[1]
+        unit = torch.stack([read_key(s.times(t)) for t in range(n)], 1)
     size = s.k.norm(dim=-1) * s.v.norm(dim=-1)  # [N, n, C]
     return unit * size.unsqueeze(-1)
 
@@ -1408,14 +1441,16 @@ def steering_values(
     """
     zero = torch.zeros_like(prompts.s.v)
     if kind == "random":
-        return sized(torch.randn(zero.shape, generator=generator).to(zero), size, budget)
+        drawn = torch.randn(zero.shape, generator=generator)
+        return sized(drawn.to(zero), size, budget)
     if kind in ("formula", "gated"):
         return sized(formula_slopes(prompts, keys, targets, kind == "gated"), size, budget)
     first, later = ("memory", "memory") if kind == "memory" else ("logit", "log_p")
     values = sized(gradient(prompts, keys, zero, targets, first), size, budget)
     for i in range(steps if kind != "gradient" else 0):
         up = sized(gradient(prompts, keys, values, targets, later), 1, budget)
-        values = sized(sized(values, 1, budget) + (1 - i / steps) * up, size, budget)
+        uphill = sized(values, 1, budget) + (1 - i / steps) * up
+        values = sized(uphill, size, budget)
     return values
 
 
@@ -1424,7 +1459,8 @@ def state_change(edited: Cache, native: Cache) -> Tensor:
     moved = norm = 0
     for ours, theirs in zip(edited.layers, native.layers):
         if "state" in theirs:
-            moved = moved + (ours["state"] - theirs["state"]).square().sum((1, 2, 3))
+            change = ours["state"] - theirs["state"]  # [N, H, K, V]
+            moved = moved + change.square().sum((1, 2, 3))
             norm = norm + theirs["state"].square().sum((1, 2, 3))
     return (moved / norm).sqrt()
 
@@ -1590,17 +1626,19 @@ def erasure(cell: Cell, n_atoms: int = 20) -> Table:
     at = some_rows(at, ~chosen & torch.isin(at["index"], atoms))
     N, sae = len(at["index"]), cell.sae
     require(N > 0, "no atom fires in both halves of the files: take more --passages")
-    at["promoted"] = promoted[(at["index"][:, None] == atoms).int().argmax(1)]
+    which = (at["index"][:, None] == atoms).int().argmax(1)
+    at["promoted"] = promoted[which]
     at["file"] = cell.file[at["passage"]]
     dominant = table["index"].view(len(cell.tokens), -1)[:, at["position"]]  # [passages, N]
     silent = (dominant != at["index"]) & ~choosing[:, None]
     lots = torch.rand(silent.shape, generator=cell.rng)
     A = atoms_at(cell, at)
     shift = torch.randint(1, max(2, sae.n_atoms), (N,), generator=cell.rng)
-    B = atoms_at(cell, at | dict(index=(at["index"] + shift) % sae.n_atoms))
+    another = (at["index"] + shift) % sae.n_atoms
+    B = atoms_at(cell, at | dict(index=another))
     R = random_direction(A, cell.rng)
-    out = dict(atom=A, random=as_large_as(A, R), other=as_large_as(A, B), elsewhere=A)
-    for name, X in out.items():
+    random, other = as_large_as(A, R), as_large_as(A, B)
+    for name, X in dict(atom=A, random=random, other=other, elsewhere=A).items():
         where = at
         if name == "elsewhere":
             where = at | dict(passage=(lots * silent).argmax(0))
@@ -1622,7 +1660,8 @@ def erasure_figures(table: Table, generator: torch.Generator) -> dict:
     for name, column in columns.items():
         x = table[column].double()
         x = x[x.isfinite()]
-        figures[name + "_median"], figures[name + "_mean"] = x.median().item(), mean(x)
+        figures[name + "_median"] = x.median().item()
+        figures[name + "_mean"] = mean(x)
         figures[name + "_falls"] = mean(x < 0)
     effect = table["atom"] - table["random"]
     figures["effect"] = mean(effect)
@@ -1656,7 +1695,7 @@ def population_figures(table: Table, cosine_min: float) -> dict:
         n_firings=int(uses.sum()),
         n_atoms=len(atoms),
         n_atoms_often=int(often.sum()),
-        often_share=(uses[often].sum() / uses.sum().clamp_min(1)).item(),
+        often_share=int(uses[often].sum()) / max(1, int(uses.sum())),
         token_purity=mean(share[often]),
         groups=two_gaussians(mean_cosine[n >= 5]),
     )
@@ -1670,7 +1709,8 @@ def two_gaussians(x: Tensor, steps: int = 500) -> dict:
     parameters. NaN for fewer than ten.
     """
     if len(x) < 10:
-        return dict(n=[0, 0], mean=[math.nan] * 2, deviation=[math.nan] * 2, delta_bic=math.nan)
+        unknown = [math.nan, math.nan]
+        return dict(n=[0, 0], mean=unknown, deviation=unknown, delta_bic=math.nan)
     x = x.double()
     upper = (x > x.median()).double()
     share = torch.stack([upper, 1 - upper])  # [2, N] how far each x belongs to each
@@ -1678,7 +1718,8 @@ def two_gaussians(x: Tensor, steps: int = 500) -> dict:
         total = share.sum(1)
         centre = (share @ x) / total
         off = x - centre[:, None]  # [2, N]
-        deviation = ((share * off.square()).sum(1) / total).sqrt().clamp_min(1e-3)
+        variance = (share * off.square()).sum(1) / total
+        deviation = variance.sqrt().clamp_min(1e-3)
         prior = total / len(x)
         log_density = prior.log()[:, None] + log_normal(off, deviation[:, None])
         share = log_density.softmax(0)
@@ -1695,7 +1736,8 @@ def two_gaussians(x: Tensor, steps: int = 500) -> dict:
 
 def log_normal(off: Tensor, deviation: Tensor) -> Tensor:
     """The log density of a Gaussian, off its mean."""
-    return -0.5 * (off / deviation).square() - deviation.log() - 0.5 * math.log(2 * math.pi)
+    constant = 0.5 * math.log(2 * math.pi)
+    return -0.5 * (off / deviation).square() - deviation.log() - constant
 
 
 @torch.inference_mode()
