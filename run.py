@@ -408,17 +408,28 @@ class TablePrinter:
         return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def write_section(args, legend: str, columns: dict[str, str], rows: list[dict]):
+def about_cells(experiment: Experiment, results: list[dict]) -> str:
+    """Lines about many cells together, where there are many."""
+    if experiment.all_cells is None or len(results) <= len(EMBEDDED):
+        return ""
+    return experiment.all_cells(results)
+
+
+def write_section(args, experiment, results: list[dict], rows: list[dict]):
     """Write a table into the file of --markdown, under the command: its section is replaced if
-    there is one of this title, else added at the end. The rest of the file stays."""
+    there is one of this title, else added at the end. The rest of the file stays. Of many cells
+    only the first row each stands there, and what holds for all of them together."""
     text = ""
     if os.path.exists(args.markdown):
         with open(args.markdown, encoding="utf-8") as f:
             text = f.read()
     first, *sections = text.split("\n## ")
     kept = [section for section in sections if section.splitlines()[0] != args.title]
-    table = TablePrinter(columns).markdown(rows)
-    kept.append(f"{args.title}\n\n```\n{legend}\n```\n\n{table}")
+    together = about_cells(experiment, results)
+    if together:
+        rows = [row for row in rows if not row["name"].startswith(" ")]
+    table = TablePrinter(experiment.columns).markdown(rows)
+    kept.append(f"{args.title}\n\n```\n{experiment.legend}\n{together}\n```\n\n{table}")
     write_text(args.markdown, "\n## ".join([first, *kept]))
 
 
@@ -486,6 +497,8 @@ def run_experiment(args) -> int:
     experiment = EXPERIMENTS[args.command]
     print(experiment.legend + "\n")
     printer, shares = TablePrinter(experiment.columns), []
+    if args.results:
+        return print_results(experiment, printer, args)
     for cell, corpus in open_cells(args, args.passages or experiment.passages[args.quick]):
         if experiment.needs_sae:
             cell = cell._replace(sae=find_sae(cell, corpus, args))
@@ -506,26 +519,47 @@ def run_experiment(args) -> int:
     return 0
 
 
+def print_results(experiment: Experiment, printer: TablePrinter, args) -> int:
+    """Print what an earlier --json wrote, cell by cell, and write its table for --markdown."""
+    cells, rows = {}, []
+    with models.reading(args.results, "give a file that --json of this command wrote"):
+        with open(args.results, encoding="utf-8") as f:
+            everything = json.load(f)
+        for r in everything:
+            cells.setdefault((r["model"], r["layer"], r["head"]), []).append(r)
+        for results in cells.values():
+            rows += experiment.rows(results)
+    for row in rows:
+        printer.print(row)
+    print(about_cells(experiment, everything), end="")
+    if args.markdown:
+        write_section(args, experiment, everything, rows)
+    if args.plot:
+        drawn = args.command in ("compare", "steer")
+        require(drawn, f"the picture of {args.command} needs a point per firing: measure again")
+        save_figure(experiment.draw(everything, []), args.plot)
+    return 0
+
+
 def finish(experiment: Experiment, printer: TablePrinter, shares: list, args):
     """What comes after the last cell: lines over all of them, JSON, records, the picture."""
     everything = [figures for _, results, _ in shares for figures in results]
     for _, results, _ in shares if world() > 1 else []:
         for row in experiment.rows(results):
             printer.print(row)
-    if experiment.all_cells and "all" in (args.layer, args.head):
-        print(experiment.all_cells(everything))
+    print(about_cells(experiment, everything), end="")
     if args.json:
         write_text(args.json, json.dumps(no_nan(everything), indent=1))
     if args.markdown:
         rows = [row for _, results, _ in shares for row in experiment.rows(results)]
-        write_section(args, experiment.legend, experiment.columns, rows)
+        write_section(args, experiment, everything, rows)
     if args.records:
         write_text(args.records, "".join(json_lines(name, table) for name, _, table in shares))
     if args.plot:
         save_figure(experiment.draw(everything, [table for _, _, table in shares]), args.plot)
 
 
-COLOURS = ("tab:blue", "tab:orange", "tab:green")
+COLOURS = ("#0072B2", "#D55E00", "#009E73")  # safe for the colour-blind
 
 
 def panels(n: int, width: float = 4.2, height: float = 3.6):
@@ -574,11 +608,11 @@ def replace(cell: Cell, corpus: Corpus, args):
     return figures | writesae.replacement_figures(table, cosine_min, cell.rng), table
 
 
-#: The paper's rows (Qwen3.5-0.8B layers 1, 9, 17 pooled; Mamba-2-370M L24; RWKV-7-1.5B L12, there
-#: at matched norm). Its "recovered" is from its median KLs, of GDN per layer 0.27 / 0.63 / 0.29.
+#: The paper's rows: Qwen3.5-0.8B layers 1, 9, 17 pooled; Mamba-2-370M L24; RWKV-7-1.5B L12, there
+#: at matched norm.
 PAPER_REPLACE = {
     "gdn": dict(n_firings=4851, win_rate=0.924),
-    "mamba2": dict(n_firings=2500, win_rate=0.881, recovered_pooled=0.40),
+    "mamba2": dict(n_firings=2500, win_rate=0.881),
     "rwkv7": dict(n_firings=6591, win_rate=0.453),
 }
 
@@ -610,7 +644,7 @@ def replace_cells(results: list[dict]) -> str:
         null = torch.tensor([r["untrained"][key] for r in results], dtype=torch.float64)
         spread = f"{ours.mean():.3f} ± {ours.std():.3f} [{ours.min():.3f}, {ours.max():.3f}]"
         lines.append(f"{key:20}  {spread}   untrained {null.mean():.3f} ± {null.std():.3f}")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 REPLACE_LEGEND = """\
@@ -618,15 +652,14 @@ Replacement: one write of one head is taken out of the state and something else 
 effect: KL(unmodified ‖ edited) of the next-token distribution, summed over the write's step and the
 ten after it.  firing: the dominant atom explains half of the write's energy or more.  n: firings.
 cover: their share of all positions.  win: share of firings where the effect is smaller than with
-nothing in the write's place [95 %, by whole files].  recovered: 1 − Σ effect / Σ effect of nothing.
-all: the same over all positions.  untrained writes: as many random training writes as atoms.
-random direction: at its own best coefficient; wins half the time, so a win alone means little."""
+nothing in the write's place [95 %, by whole files].  all: over every position, firing or not.
+recovered: 1 − Σ effect / Σ effect of nothing.  untrained writes: as many random training writes as
+atoms.  random direction: at its own best coefficient; wins half the time, so a win means little."""
 REPLACE_COLUMNS = {
     "cell               ": "{name:19}",
     "     n": "{n_firings:,}",
     "cover": "{coverage:.1%}",
     "win [95 %]        ": "{win_rate:.1%}{interval}",
-    "recovered": "{recovered_pooled:.2f}",
     "all: win": "{win_rate_all:.1%}",
     "all: recovered": "{recovered_pooled_all:.3f}",
 }
@@ -639,7 +672,7 @@ def draw_replace(results: list[dict], tables: list[Table]):
     labels = dict(untrained="untrained writes", atom="trained atoms")
     for axis, r, table in zip(axes, results, tables):
         delete = writesae.effect(table, "delete")
-        for name, colour in dict(untrained="tab:orange", atom="tab:blue").items():
+        for name, colour in dict(untrained=COLOURS[1], atom=COLOURS[0]).items():
             here = writesae.fires(table, name, r["cosine_min"])
             label = f"{labels[name]}: {int(here.sum()):,}"
             dots(axis, delete[here], writesae.effect(table, name)[here], label, colour)
@@ -883,17 +916,22 @@ STEER_COLUMNS = {
 
 
 def draw_steer(results: list[dict], tables: list[Table]):
-    """A panel per model: the step at which a memory first says its word."""
-    memories = {r["model"]: r for r in results if r.get("value") == "memory" and "strata" in r}
-    figure, axes = panels(max(1, len(memories)))
-    for axis, r in zip(axes, memories.values()):
-        for shift, s in zip((-0.2, 0.2), r["strata"]):
-            steps = [i + 1 + shift for i in range(writesae.NEW)]
-            label = f"{s['name']}: {sum(s['said_at'])} of {s['n_pairs']}"
-            axis.bar(steps, s["said_at"], 0.4, label=label)
-        axis.set(xlabel="new token at which the target is first said", title=r["model"])
-        axis.legend(fontsize=8)
-    axes[0].set_ylabel("continuations")
+    """A panel per model, persistence against size: of each value side, by how much all states move;
+    of --smallest the share of search targets that persist, against the budget."""
+    names = dict.fromkeys(r["model"] for r in results)
+    figure, axes = panels(len(names))
+    for axis, model in zip(axes, names):
+        for r in [r for r in results if r["model"] == model]:
+            if r["budget"]:
+                rates = {float(budget): rate for budget, rate in r["search_rates"].items()}
+                axis.plot(rates.keys(), rates.values(), "o-", label=f"{r['key']} key")
+                axis.set(xlabel="budget of all edits, in native writes", title=model)
+            else:
+                axis.plot(r["size"], r["strata"][0]["persists_rate"], "o", label=r["value"])
+                axis.set(xlabel="change of all states, over their norm", title=model)
+        axis.set(ylim=(0, 1.05))
+        axis.legend(fontsize=8, loc="lower right")
+    axes[0].set_ylabel("targets that persist")
     return figure
 
 
@@ -1538,19 +1576,22 @@ BENCH_COLUMNS = {
 }
 
 
+BENCH = Experiment(bench_rows, BENCH_COLUMNS, list, BENCH_LEGEND)
+
+
 @torch.no_grad()
 def bench(args) -> int:
     """Print every row as soon as it is measured."""
-    print(BENCH_LEGEND)
+    print(BENCH.legend + "\n")
     say(f"bench: {torch.get_num_threads()} threads, {pick_device(args.device)}, seed 0")
-    rows, printer = [], TablePrinter(BENCH_COLUMNS)
+    rows, printer = [], TablePrinter(BENCH.columns)
     for what in bench_rows(args):
         rows.append(measured(args, *what))
         printer.print(rows[-1])
     if args.json:
         write_text(args.json, json.dumps(rows, indent=1))
     if args.markdown:
-        write_section(args, BENCH_LEGEND, BENCH_COLUMNS, rows)
+        write_section(args, BENCH, rows, rows)
     return 0
 
 
@@ -1560,7 +1601,7 @@ def picture(args) -> int:
     figure, (axis,) = panels(1, 9, 3.1)
     axis.set(xlim=(0, 16), ylim=(0, 5.2))
     axis.axis("off")
-    orange, blue = "#D55E00", "#0072B2"
+    blue, orange, _ = COLOURS
     boxes = [
         (1.5, 4.1, "write\n$k\\,v^\\top$", orange),
         (6.1, 4.1, "state\n$S$", orange),
@@ -1856,6 +1897,7 @@ OPTIONS = {  # each option once; the commands below name those that they take
     "json": dict(metavar="FILE", help="write the results there"),
     "records": dict(metavar="FILE", help="write one JSON line per tested thing there"),
     "plot": dict(metavar="FILE.png", help="draw the picture there"),
+    "results": dict(metavar="FILE.json", help="print these results of --json, measure nothing"),
     "markdown": dict(metavar="FILE.md", help="write the table there, in its own section"),
     "sae": dict(metavar="FILE", help="this SAE instead of the one beside the model"),
     "saes": dict(
@@ -1891,7 +1933,7 @@ OPTIONS = {  # each option once; the commands below name those that they take
 }
 COMMON = "model device seed quick train-text"
 CELL = COMMON + " layer head dtype"
-TEST = CELL + " text passages json records plot markdown"
+TEST = CELL + " text passages json records plot markdown results"
 SAE = " sae saes atoms cosine-min"
 COMMANDS = {  # command -> its function, its options, an example
     "replace": (run_experiment, TEST + SAE + " source", "--model gdn --layer all --head all"),
@@ -1937,7 +1979,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     words = list(sys.argv[1:] if argv is None else argv)
     args = make_parser().parse_args(words)
     args.models = [args.model] if args.model else list(EMBEDDED)
-    outputs = ("--json", "--plot", "--records", "--markdown")
+    outputs = ("--json", "--plot", "--records", "--markdown", "--results")
     kept = [w for i, w in enumerate(words) if not {w, words[i - 1]} & set(outputs)]
     args.title = f"`python run.py {' '.join(kept)}`"  # of its section in a Markdown file
     for path in filter(None, (args.json, args.records, args.plot, args.markdown)):

@@ -1637,14 +1637,13 @@ def erasure(cell: Cell, n_atoms: int = 20) -> Table:
     another = (at["index"] + shift) % sae.n_atoms
     B = atoms_at(cell, at | dict(index=another))
     R = random_direction(A, cell.rng)
-    random, other = as_large_as(A, R), as_large_as(A, B)
-    for name, X in dict(atom=A, random=random, other=other, elsewhere=A).items():
-        where = at
-        if name == "elsewhere":
-            where = at | dict(passage=(lots * silent).argmax(0))
-        at[name] = at_token(taken_out(cell, where, X), at["promoted"])
-    at["elsewhere"][~silent.any(0)] = math.nan  # the atom fires everywhere
-    return at
+    out = [A, as_large_as(A, R), as_large_as(A, B), A]
+    away = at | dict(passage=(lots * silent).argmax(0))
+    where = stack([at, at, at, away])
+    X = Factored(*(torch.cat(sides) for sides in zip(*out)))
+    change = at_token(taken_out(cell, where, X), where["promoted"]).chunk(4)
+    change[3][~silent.any(0)] = math.nan  # the atom fires everywhere
+    return at | dict(zip(("atom", "random", "other", "elsewhere"), change))
 
 
 def as_large_as(Y: Factored, X: Factored) -> Factored:
