@@ -1369,7 +1369,7 @@ def measured(args, name: str, unit: str, ours, theirs, done: tuple, peer: str, f
     if unit == "MiB":
         mine, other = peak_memory(ours), peak_memory(theirs)
         return row | dict(ours=mine, peer=other, ratio=other / mine)
-    A, times = torch.randn(1024, 1024, device=pick_device(args.device)), []
+    A, times = torch.randn(1024, 1024).to(expected), []  # on its device, in its dtype
     for _ in range(3 if args.quick else 8):
         for function in (ours, theirs, functools.partial(torch.mm, A, A)):
             began = time.perf_counter()
@@ -1380,9 +1380,8 @@ def measured(args, name: str, unit: str, ours, theirs, done: tuple, peer: str, f
     mine, other, product = torch.tensor(times[3:]).view(-1, 3).median(0).values.tolist()
     if flops:
         row["of_floor"] = flops / (2 * 1024**3) * product / mine
-    return row | dict(
-        ours=done[0] / mine, peer=done[1] / other, ratio=done[0] / mine / (done[1] / other)
-    )
+    mine, other = done[0] / mine, done[1] / other
+    return row | dict(ours=mine, peer=other, ratio=mine / other)
 
 
 def peak_memory(function: Callable) -> float:
@@ -1412,19 +1411,19 @@ def branches(model: LanguageModel, peer: Peer, tokens: Tensor, at_once: int) -> 
     P = len(point.passage)  # fewer where the vocabulary is large
     n, prepared = min(P, max(at_once, 4)), []
     for rows in torch.arange(n).split(at_once):
-        prefix = (peer.read(tokens[rows, :t])[1], deleted[rows], tokens[rows, t:])
-        prepared.append((prefix, peer.branch(layer, prefix[0], 0 * prefix[1], prefix[2])))
+        _, cache = peer.read(tokens[rows, :t])
+        native = peer.branch(layer, cache, 0 * deleted[rows], tokens[rows, t:])
+        prepared.append(((cache, deleted[rows], tokens[rows, t:]), native))
 
     def ours() -> Tensor:
         return writesae.kl_divergence(point.logp, point.branch(change))
 
     def theirs() -> Tensor:
-        return torch.cat(
-            [
-                writesae.kl_divergence(native, peer.branch(layer, *prefix))
-                for prefix, native in prepared
-            ]
-        )
+        kls = []
+        for prefix, native in prepared:
+            edited = peer.branch(layer, *prefix)
+            kls.append(writesae.kl_divergence(native, edited))
+        return torch.cat(kls)
 
     name = f"{model.name}: {P} branches in a batch; the peer {at_once}"
     flops = weight_flops(model, P * HORIZONS, P * HORIZONS, layer)
@@ -1450,34 +1449,31 @@ def reading(model: LanguageModel, peer: Peer, pieces: list[Tensor], name: str) -
     return f"{model.name}: {name}", "tokens/s", ours, theirs, (T, T), peer.name, flops
 
 
-def length(model: LanguageModel, tokens: Tensor, layers: int) -> tuple:
-    """A text in the first `layers` layers against its first eighth, per token (1: a token's cost
-    does not grow; attention's does). tokens [1, T]"""
-    T = tokens.shape[1]
+def own_rows(model: LanguageModel, tokens: Tensor):
+    """Yield rows against ourselves. A text against its first eighth, per token (1: a token's cost
+    does not grow; attention's does), in the layers below the first attention and in all. What all
+    heads of a layer write, collected in one pass, against a pass per head. tokens [n, T]"""
+    T, layer = tokens.shape[1], model.recurrent_layers[:2][-1]
+    H, n = model.layers[layer].mixer.heads, len(model.layers)
 
-    def start(n: int) -> Tensor:
-        stream, _ = model.run(model.embed(tokens[:, :n]), last=layers)
+    def start(length: int, layers: int) -> Tensor:
+        stream, _ = model.run(model.embed(tokens[:1, :length]), last=layers)
         return stream.x[:, : T // 8]
 
-    ours, theirs = functools.partial(start, T), functools.partial(start, T // 8)
-    name = f"{model.name}: {T:,} tokens, {layers} layers"
-    return name, "tokens/s", ours, theirs, (T, T // 8), f"itself at {T // 8:,}"
-
-
-def cells(model: LanguageModel, tokens: Tensor) -> tuple:
-    """What all heads of a layer write, collected in one pass, against a pass per head."""
-    layer = model.recurrent_layers[:2][-1]
-    H = model.layers[layer].mixer.heads
-
-    def values(passes: Tensor) -> Tensor:
+    def values(heads_of_passes: Tensor) -> Tensor:
         collected = []
-        for heads in passes.tolist():
-            collected += writesae.collect(model, tokens, layer, heads)
+        for heads in heads_of_passes.tolist():
+            collected += writesae.collect(model, tokens[:4, :128], layer, heads)
         return torch.stack([X.values for X in collected])
 
-    ours = functools.partial(values, torch.arange(H)[None])
-    theirs = functools.partial(values, torch.arange(H)[:, None])
-    return f"{model.name}: writes of {H} heads", "heads/s", ours, theirs, (H, H), "a pass per head"
+    attention = [i for i in range(n) if not model.layers[i].recurrent]
+    for layers in (*attention[:1], n):
+        long, short = [functools.partial(start, length, layers) for length in (T, T // 8)]
+        name = f"{model.name}: {T:,} tokens, {layers} layers"
+        yield name, "tokens/s", long, short, (T, T // 8), f"itself at {T // 8:,}"
+    heads = torch.arange(H)
+    one, many = functools.partial(values, heads[None]), functools.partial(values, heads[:, None])
+    yield f"{model.name}: writes of {H} heads", "heads/s", one, many, (H, H), "a pass per head"
 
 
 def training(size: int, n_atoms: int):
@@ -1542,11 +1538,7 @@ def model_rows(model: LanguageModel, quick: bool):
         return
     for at_once in (1,) if peer.name == "rwkv" else (1, P):
         yield branches(model, peer, tokens[:, : 64 + HORIZONS], at_once)
-    recurrent = [block.recurrent for block in model.layers]
-    if not all(recurrent):
-        yield length(model, tokens[:1], recurrent.index(False))  # the layers below attention
-    yield length(model, tokens[:1], len(recurrent))
-    yield cells(model, tokens[:4, :128])
+    yield from own_rows(model, tokens)
 
 
 def bench_rows(args):
@@ -1617,8 +1609,7 @@ def picture(args) -> int:
         box = axis.text(x, y, text, ha="center", va="center", fontsize=13, bbox=style)
         patches.append(box.get_bbox_patch())
     for i, j in ((0, 1), (1, 2), (2, 6), (3, 4), (4, 5), (5, 6), (0, 3), (1, 4)):
-        style = dict(arrowstyle="-|>", linewidth=1.5, color="dimgrey", shrinkA=3, shrinkB=3)
-        style |= dict(patchA=patches[i], patchB=patches[j])
+        style = dict(arrowstyle="-|>", color="dimgrey", patchA=patches[i], patchB=patches[j])
         axis.annotate("", boxes[j][:2], boxes[i][:2], arrowprops=style)
     axis.text(1.7, 2.75, "coded by the\nSAE's best atom", fontsize=11, va="center")
     axis.text(6.3, 2.75, "one swapped\nfor the other", fontsize=11, va="center")
@@ -1703,6 +1694,10 @@ def initialise(model: LanguageModel, generator: torch.Generator):
     def normal(p: Tensor, deviation: float):
         p.copy_(torch.randn(p.shape, generator=generator) * deviation)
 
+    def step_sizes(bias: Tensor, low: float, high: float):  # softplus(bias) = Δ, log Δ uniform
+        delta = uniform(len(bias), low, high).exp()
+        bias.copy_(delta + torch.log(-torch.expm1(-delta)))
+
     normal(model.embedding.weight, 0.05)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d):
@@ -1715,27 +1710,20 @@ def initialise(model: LanguageModel, generator: torch.Generator):
     for module in model.modules():
         if isinstance(module, models.GatedDeltaNet):  # decays e^{−A Δ}, A 1 to 16, Δ 0.001 to 0.1
             module.A_log.copy_(uniform(module.heads, 1, 16).log())
-            module.dt_bias.copy_(inverse_softplus(uniform(module.heads, -6.9, -2.3).exp()))
+            step_sizes(module.dt_bias, -6.9, -2.3)
         elif isinstance(module, models.Mamba2):
             # Δ scales the write too: at the paper's 0.001 to 0.1 the skip D x is so much larger
             # that a short training never uses the state. So Δ 0.1 to 1, and no skip.
-            low = math.log(0.1)
-            module.A_log.copy_(uniform(module.heads, low, math.log(2)))
-            module.dt_bias.copy_(inverse_softplus(uniform(module.heads, low, 0).exp()))
+            module.A_log.copy_(uniform(module.heads, math.log(0.1), math.log(2)))
+            step_sizes(module.dt_bias, math.log(0.1), 0)
             module.D.zero_()
         elif isinstance(module, models.RWKV7):
-            ramp = torch.linspace(0, 1, module.x_r.numel())
+            ramp, decay = torch.linspace(0, 1, module.x_r.numel()), module.w_lora[2].bias
             for c, power in zip("rwkvag", (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)):
                 getattr(module, f"x_{c}").copy_(1 - ramp**power)
-            decay = module.w_lora[2].bias
             decay.copy_(-6 + 6.5 * torch.linspace(0, 1, decay.numel()))
         elif isinstance(module, models.ChannelMix):
             module.x_k.copy_(1 - torch.linspace(0, 1, module.x_k.numel()) ** 2)
-
-
-def inverse_softplus(y: Tensor) -> Tensor:
-    """x with softplus(x) = y."""
-    return y + torch.log(-torch.expm1(-y))
 
 
 def optimisers(model: LanguageModel) -> list[torch.optim.Optimizer]:
@@ -1760,20 +1748,18 @@ def training_batch(tokens: Tensor, seed: int, step: int) -> Tensor:
 
 
 @torch.inference_mode()
-def bits_per_byte(model: LanguageModel, tokens: Tensor, size: float, limit: int | None = None):
+def bits_per_byte(model: LanguageModel, tokens: Tensor, bytes_per_token: float) -> float:
     """Held-out cross-entropy in bits per byte of text (lower is better): windows of CONTEXT tokens
     that move by half a window, each token scored once, with half a window or more before it.
-    size: bytes per token; limit: only about so many windows, spread evenly."""
+    tokens [N]"""
     half, nats = CONTEXT // 2, []
     starts = torch.arange(0, len(tokens) - CONTEXT - 1, half)
-    if limit:
-        starts = starts[:: max(1, len(starts) // limit)]
     for part in starts.split(16):
         x = tokens[part[:, None] + torch.arange(CONTEXT + 1)].to(model.device)
         logits, _ = model(x[:, :-1])
         scored = logits[:, half:].float().mT
         nats.append(F.cross_entropy(scored, x[:, half + 1 :], reduction="none").cpu())
-    return torch.cat(nats).mean().item() / math.log(2) / size
+    return torch.cat(nats).mean().item() / math.log(2) / bytes_per_token
 
 
 def train_step(parts: list, x: Tensor, step: int, steps: int) -> float:
@@ -1793,41 +1779,33 @@ def train_step(parts: list, x: Tensor, step: int, steps: int) -> float:
     return loss.item()
 
 
-def resume(parts: list, path: str, steps: int) -> int:
-    """How many steps are done: 0, or what a run of the same length has saved, loaded into parts."""
-    if not os.path.exists(path):
-        return 0
-    saved = torch.load(path, weights_only=True, map_location=parts[0].device)
-    if saved["steps"] != steps:
-        return 0
-    for part, state in zip(parts, saved["states"]):
-        part.load_state_dict(state)
-    say(f"going on from step {saved['done']}")
-    return saved["done"]
-
-
 def pretrain_one(name: str, folder: str, args):
     """One model. Interrupted, it goes on from its last save as if it had never stopped."""
     (training, tested), shape = choose_text(args), shape_of(name)
     tokenizer = train_tokenizer(training.values(), shape["vocab_size"])
     tokens, unseen = encode_files(tokenizer, training), encode_files(tokenizer, tested)
-    size = sum(len(text.encode()) for text in tested.values()) / len(unseen)
+    size = sum(len(text.encode()) for text in tested.values()) / len(unseen)  # bytes per token
     model = models.build(shape).to(pick_device(args.device))
     initialise(model, torch.Generator().manual_seed(args.seed))
-    parts, path = [model, *optimisers(model)], os.path.join(folder, "resume.pt")
-    steps = max(1, (50_000 if args.quick else args.tokens) // (CONTEXT * BATCH))
+    parts, few = [model, *optimisers(model)], unseen[:20_000]
+    steps, done = max(1, (50_000 if args.quick else args.tokens) // (CONTEXT * BATCH)), 0
     say(f"pretrain {name}: {steps:,} steps of {BATCH} x {CONTEXT} of {len(tokens):,} tokens,")
     say(f"{len(unseen):,} held out ({size:.2f} bytes each), {model.device}, seed {args.seed}")
-    first = resume(parts, path, steps)
-    for step in tqdm(range(first, steps), total=steps, file=sys.stderr, disable=None):
+    path = os.path.join(folder, f"resume-{steps}-{args.seed}.pt")
+    if os.path.exists(path):
+        done, saved = torch.load(path, weights_only=True, map_location=model.device)
+        for part, state in zip(parts, saved):
+            part.load_state_dict(state)
+        say(f"going on from step {done}")
+    for step in tqdm(range(done, steps), file=sys.stderr, disable=None):
         x = training_batch(tokens, args.seed, step).to(model.device)
         loss, done = train_step(parts, x, step, steps), step + 1
         if done % SAVE_EVERY == 0 or done == steps:
-            bits = bits_per_byte(model, unseen, size, 64)
+            bits = bits_per_byte(model, few, size)
             say(f"step {done:5d}  train {loss:.3f} nats/token  held-out {bits:.3f} bits/byte")
-            saved = dict(done=done, steps=steps, states=[part.state_dict() for part in parts])
-            save_then_rename(functools.partial(torch.save, saved), path)
-    bits = bits_per_byte(model, unseen, size, 64 if args.quick else None)
+            states = [part.state_dict() for part in parts]
+            save_then_rename(functools.partial(torch.save, (done, states)), path)
+    bits = bits_per_byte(model, few if args.quick else unseen, size)
     how = dict(steps=steps, tokens=steps * CONTEXT * BATCH, held_out_bits_per_byte=round(bits, 4))
     models.save(model, shape | dict(pretraining=how), folder)
     save_then_rename(tokenizer.save, os.path.join(folder, "tokenizer.json"))

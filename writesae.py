@@ -219,7 +219,7 @@ class WriteSAE(nn.Module):
         kinds = dict(encoder=encoder, decoder=decoder, sparsity=sparsity)
         for (name, kind), allowed in zip(kinds.items(), (ENCODERS, DECODERS, SPARSITIES)):
             require(kind in allowed, f"SAE {name} {kind}: allowed are {', '.join(allowed)}")
-        possible = 1 <= active <= n_atoms
+        possible = isinstance(active, int) and 1 <= active <= n_atoms
         require(possible, f"{active} active atoms of {n_atoms}: allowed are 1 to {n_atoms}")
         self.cfg = dict(n_atoms=n_atoms, K=K, V=V, active=active) | kinds
         self.cfg |= dict(centred=centred, source=source, cosine_min=cosine_min) | cfg
