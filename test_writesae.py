@@ -966,7 +966,9 @@ def test_dead_atoms_explain_the_residual_and_restart_without_memory():
     optimiser = torch.optim.Adam(sae.atoms.parameters(), 0.1)
     sum(p.sum() for p in sae.atoms.parameters()).backward()
     optimiser.step()
-    writesae.forget(optimiser, torch.tensor([1]), 3)
+    which = writesae.restart(sae, optimiser, torch.tensor([1]), R, inner(R, R))
+    assert which.tolist() == [1]
+    assert_close(sae.atoms.at(which).matrix()[0], R.matrix()[0].detach() / 5, msg="of unit norm")
     for memory in optimiser.state.values():
         assert (memory["exp_avg"][1] == 0).all() and (memory["exp_avg"][0] != 0).all()
 
@@ -1583,6 +1585,9 @@ def test_erasing_takes_what_it_says_out_where_it_says(kind, monkeypatch):
     assert torch.equal(table["file"], cell.file[passage])
     assert torch.equal(dominant[passage, position], index)
     A, norm = cell.sae.decode(index[:, None], table["a"][:, None]), table["a"]
+    ((at, X),) = taken  # all four at once
+    quarters = torch.arange(4 * len(index)).chunk(4)
+    taken = [(writesae.some_rows(at, i), X.rows(i)) for i in quarters]
     for at, X in taken:
         assert torch.equal(at["position"], position)
         assert_close(inner(X, X).sqrt(), inner(A, A).sqrt(), msg="all are as large as a A")
