@@ -15,8 +15,12 @@ import subprocess
 import sys
 
 # before imports
-os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "HF_HUB_OFFLINE": "1",
-               "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {
+    "RWKV_V7_ON": "1",
+    "RWKV_JIT_ON": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 import numpy as np
 import pytest
@@ -29,13 +33,41 @@ from torch.testing import assert_close
 import models
 import run
 import writesae
-from models import (Block, ChannelMix, Edit, InputError, LanguageModel, RWKV7, StepInputs, load,
-                    load_tokenizer, propagate, recurrence, recurrence_chunked, states)
-from writesae import (Cell, Factored, Steering, WriteSAE, fit_alternating, fit_gradient, inner,
-                      matrix_of, replacement, write_of)
+from models import (
+    Block,
+    ChannelMix,
+    Edit,
+    InputError,
+    LanguageModel,
+    RWKV7,
+    StepInputs,
+    load,
+    load_tokenizer,
+    propagate,
+    recurrence,
+    recurrence_chunked,
+    states,
+)
+from writesae import (
+    Cell,
+    Factored,
+    Steering,
+    WriteSAE,
+    fit_alternating,
+    fit_gradient,
+    inner,
+    matrix_of,
+    replacement,
+    write_of,
+)
 
-settings.register_profile("here", derandomize=True, deadline=None, max_examples=25,
-                          suppress_health_check=list(HealthCheck))
+settings.register_profile(
+    "here",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=list(HealthCheck),
+)
 settings.load_profile("here")
 torch.set_num_threads(1)  # everything here is tiny: a second thread only waits
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of rwkv
@@ -66,15 +98,40 @@ def tiny_config(kind: str, vocab=61, **changes) -> dict:
     """A small hub config of the architecture."""
     rope = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)
     own = dict(
-        gdn=dict(model_type="qwen3_5_text", intermediate_size=40, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, linear_num_key_heads=2,
-                 linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=6,
-                 rope_parameters=rope, tie_word_embeddings=True),
-        mamba2=dict(model_type="mamba2", num_heads=8, head_dim=8, state_size=12, n_groups=2,
-                    expand=2, chunk_size=16),
-        rwkv7=dict(model_type="rwkv7", hidden_size=128, head_dim=64, intermediate_size=96,
-                   decay_low_rank_dim=8, a_low_rank_dim=6, v_low_rank_dim=5,
-                   gate_low_rank_dim=7, norm_eps=1e-5))
+        gdn=dict(
+            model_type="qwen3_5_text",
+            intermediate_size=40,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=6,
+            rope_parameters=rope,
+            tie_word_embeddings=True,
+        ),
+        mamba2=dict(
+            model_type="mamba2",
+            num_heads=8,
+            head_dim=8,
+            state_size=12,
+            n_groups=2,
+            expand=2,
+            chunk_size=16,
+        ),
+        rwkv7=dict(
+            model_type="rwkv7",
+            hidden_size=128,
+            head_dim=64,
+            intermediate_size=96,
+            decay_low_rank_dim=8,
+            a_low_rank_dim=6,
+            v_low_rank_dim=5,
+            gate_low_rank_dim=7,
+            norm_eps=1e-5,
+        ),
+    )
     return dict(vocab_size=vocab, hidden_size=32, num_hidden_layers=4) | own[kind] | changes
 
 
@@ -116,9 +173,14 @@ def test_two_tokens_by_hand():
     def one(*rows):  # [T, ·] -> [1, T, 1, ·]
         return torch.tensor(rows, dtype=torch.float32)[None, :, None]
 
-    s = StepInputs(q=one([1, 0], [1, 1]), k=one([1, 0], [0, 1]), v=one([2, 4, 6], [1, 0, 1]),
-                   log_decay=one([0], [math.log(0.5)]), erase_in=one([0, 0], [1, 0]),
-                   erase_out=one([0, 0], [0.25, 0]))
+    s = StepInputs(
+        q=one([1, 0], [1, 1]),
+        k=one([1, 0], [0, 1]),
+        v=one([2, 4, 6], [1, 0, 1]),
+        log_decay=one([0], [math.log(0.5)]),
+        erase_in=one([0, 0], [1, 0]),
+        erase_out=one([0, 0], [0.25, 0]),
+    )
     o, S = recurrence(s)
     assert o[0, 0, 0].tolist() == [2, 4, 6], "the first token reads what it has just written"
     # 0.5 S − (0.25, 0)ᵀ (2, 4, 6) = [[0.5, 1, 1.5], [0, 0, 0]], plus [[0, 0, 0], [1, 0, 1]]
@@ -136,8 +198,15 @@ def close(a: torch.Tensor, b: torch.Tensor, hint: str, atol=1e-4):
     assert_close(a, b, atol=atol * max(1.0, b.abs().max().item()), rtol=1e-4, msg=explain)
 
 
-@given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 70), st.integers(1, 9),
-       st.integers(1, 9), st.integers(0, 20), st.booleans())
+@given(
+    st.sampled_from(ARCHITECTURES),
+    st.integers(0, 99),
+    st.integers(1, 70),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 20),
+    st.booleans(),
+)
 def test_chunks_and_splits_give_the_loop(kind, seed, T, K, V, chunk, with_state):
     s = random_steps(kind, seed, T=T, K=K, V=V)
     start = torch.randn(2, 3, K, V, generator=rng(seed)) if with_state else None
@@ -167,8 +236,13 @@ def test_chunks_learn_what_the_loop_learns(kind):
         close(b, a, "did you mask before exp only? 0 · inf is NaN in the gradient")
 
 
-@given(st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 30), st.integers(1, 9),
-       st.integers(1, 9))
+@given(
+    st.sampled_from(ARCHITECTURES),
+    st.integers(0, 99),
+    st.integers(1, 30),
+    st.integers(1, 9),
+    st.integers(1, 9),
+)
 def test_an_edit_stays_rank_one_and_propagate_follows_it(kind, seed, T, K, V):
     """u yᵀ, added to each head's state after the first token, moves every later read by
     (u_s · q_s) y and the last state by u_T yᵀ."""
@@ -182,10 +256,20 @@ def test_an_edit_stays_rank_one_and_propagate_follows_it(kind, seed, T, K, V):
     if T > 1:
         later, edited = recurrence(s.times(1, T), edited)
         o_edited = torch.cat([o_edited, later], 1)
-    assert_close(o_edited - o, gain[..., None] * y[:, None], atol=2e-5, rtol=1e-4,
-                 msg="does u go through A_s, decay and erase, before q_s reads it?")
-    assert_close(edited - S, last[..., None] * y[..., None, :], atol=2e-5, rtol=1e-4,
-                 msg="did you forget to erase from u, or start it one token late?")
+    assert_close(
+        o_edited - o,
+        gain[..., None] * y[:, None],
+        atol=2e-5,
+        rtol=1e-4,
+        msg="does u go through A_s, decay and erase, before q_s reads it?",
+    )
+    assert_close(
+        edited - S,
+        last[..., None] * y[..., None, :],
+        atol=2e-5,
+        rtol=1e-4,
+        msg="did you forget to erase from u, or start it one token late?",
+    )
 
 
 def test_wrong_shapes_are_named():
@@ -193,9 +277,11 @@ def test_wrong_shapes_are_named():
     heads_first = s._replace(v=s.v.transpose(1, 2))
     flat = s._replace(log_decay=s.log_decay[..., 0])
     for repeat in (recurrence, recurrence_chunked):
-        for steps, state, message in ((s, torch.zeros(2, 3, 4, 6), "value first"),
-                                      (heads_first, None, "head axis before the time axis"),
-                                      (flat, None, "last axis missing")):
+        for steps, state, message in (
+            (s, torch.zeros(2, 3, 4, 6), "value first"),
+            (heads_first, None, "head axis before the time axis"),
+            (flat, None, "last axis missing"),
+        ):
             with pytest.raises(InputError, match=message):
                 repeat(steps, state)
 
@@ -386,8 +472,13 @@ def test_mamba2_against_transformers(tmp_path, groups, layout):
         tensors = load_file(tmp_path / "model.safetensors")
         tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
         save_file(tensors, tmp_path / "model.safetensors")
-        config = dict(d_model=32, n_layer=4, vocab_size=61, tie_embeddings=False,
-                      ssm_cfg=dict(layer="Mamba2", ngroups=groups))
+        config = dict(
+            d_model=32,
+            n_layer=4,
+            vocab_size=61,
+            tie_embeddings=False,
+            ssm_cfg=dict(layer="Mamba2", ngroups=groups),
+        )
         (tmp_path / "config.json").write_text(json.dumps(config))
     tokens = random_tokens(3, T=50)
     assert_same_logits(load(str(tmp_path)), tokens, model(tokens).logits)
@@ -453,8 +544,11 @@ def test_transformers_opens_the_embedded_models(name):
 # --------------------------------------------------------------------------------------------------
 # The model: caches, causality, edits
 # --------------------------------------------------------------------------------------------------
-@given(st.sampled_from(ARCHITECTURES), st.integers(0, 20),
-       st.lists(st.integers(1, 15), min_size=1, max_size=5))
+@given(
+    st.sampled_from(ARCHITECTURES),
+    st.integers(0, 20),
+    st.lists(st.integers(1, 15), min_size=1, max_size=5),
+)
 def test_any_split_with_a_cache_gives_the_whole(kind, seed, pieces):
     model, tokens = tiny_model(kind), random_tokens(seed, T=sum(pieces))
     whole, end = model(tokens)
@@ -532,10 +626,13 @@ def test_an_edited_model_is_a_model_that_wrote_something_else(kind):
 
 def test_an_edit_of_what_is_not_there_is_refused():
     model, tokens, k, v = tiny_model("gdn"), random_tokens(0, T=5), torch.zeros(8), torch.zeros(6)
-    for edit, message in ((Edit(3, 0, 1, k, v), "full attention"), (Edit(9, 0, 1, k, v), "layer 9"),
-                          (Edit(0, 4, 1, k, v), "heads 0..3"),
-                          (Edit(0, 0, 5, k, v), "positions 0..4"),
-                          (Edit(0, 0, 1, v, k), "key first")):
+    for edit, message in (
+        (Edit(3, 0, 1, k, v), "full attention"),
+        (Edit(9, 0, 1, k, v), "layer 9"),
+        (Edit(0, 4, 1, k, v), "heads 0..3"),
+        (Edit(0, 0, 5, k, v), "positions 0..4"),
+        (Edit(0, 0, 1, v, k), "key first"),
+    ):
         with pytest.raises(InputError, match=message):
             model(tokens, edits=[edit])
 
@@ -737,7 +834,6 @@ def test_world_tokenizer_takes_the_longest_match(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
-
 def random_sae(seed: int, n=40, K=6, V=4, active=3, encoder="bilinear", **settings) -> WriteSAE:
     g, sae = rng(seed), WriteSAE(n, K, V, active, encoder, **settings)
     with torch.no_grad():
@@ -763,7 +859,7 @@ def random_metric(sae: WriteSAE, seed: int):
 
 
 def test_encode_by_hand():
-    """Atoms e_0 e_0ᵀ, e_1 e_0ᵀ, −e_1 e_0ᵀ, and the write (3, 4)ᵀ (1, 0): coefficients 3, 4 and 0."""
+    """Atoms e_0 e_0ᵀ, e_1 e_0ᵀ, −e_1 e_0ᵀ, and the write (3, 4)ᵀ (1, 0): coefficients 3, 4, 0."""
     sae, eye = WriteSAE(3, 2, 2, active=3), torch.eye(2)
     keys = torch.stack([eye[0], eye[1], -eye[1]])
     sae.start(torch.arange(3), write_of(keys, eye[[0, 0, 0]]))
@@ -929,9 +1025,13 @@ def test_two_alternating_steps_by_hand():
                 n, restarted = drawn[worst.pop(0)], restarted + 1
                 keys[i], values[i], key_sum[i], value_sum[i], count[i] = x[n], y[n], 0.0, 0.0, 0.0
         assert history[step] == pytest.approx(np.mean(np.square(a)), rel=1e-4), "mean a² explained"
-    key_help = "keys: Σ a (value · y) x, with the old values, 0.75 of the older sum kept, unit norm?"
+    key_help = (
+        "keys: Σ a (value · y) x, with the old values, 0.75 of the older sum kept, unit norm?"
+    )
     assert_close(sae.atoms.keys[:, 0], torch.stack(keys), msg=key_help)
-    value_help = "values: Σ a (key · x) y, with the new keys, 0.75 of the older sum kept, unit norm?"
+    value_help = (
+        "values: Σ a (key · x) y, with the new keys, 0.75 of the older sum kept, unit norm?"
+    )
     assert_close(sae.atoms.values[:, 0], torch.stack(values), msg=value_help)
     assert restarted > 0, "the draw was chosen such that atoms restart"
 
@@ -1015,9 +1115,12 @@ def whole_pass(cell: Cell, t: int, change: Factored | None = None, rows=slice(No
 
 @settings(max_examples=12)
 @given(
-    st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(0, 2), st.integers(0, 3),
+    st.sampled_from(ARCHITECTURES),
+    st.integers(0, 99),
+    st.integers(0, 2),
+    st.integers(0, 3),
     st.sampled_from(["write", "state"]),
-)  # fmt: skip
+)
 def test_branches_are_full_forward_passes_with_edits(kind, seed, layer, head, source):
     """Every condition and horizon."""
     positions = [1 + seed % 7, 9 + seed % 14]
@@ -1188,9 +1291,13 @@ def test_a_random_direction_at_its_own_coefficient_is_nearer_than_nothing(seed):
 # The logit-change formula
 # --------------------------------------------------------------------------------------------------
 @given(
-    st.sampled_from(ARCHITECTURES), st.integers(0, 99), st.integers(1, 9), st.integers(1, 9),
-    st.floats(1e-3, 1e3), st.integers(1, 3),
-)  # fmt: skip
+    st.sampled_from(ARCHITECTURES),
+    st.integers(0, 99),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.floats(1e-3, 1e3),
+    st.integers(1, 3),
+)
 def test_the_recurrence_is_linear_so_the_formulas_state_part_is_exact(kind, seed, K, V, size, rank):
     """At any size of the edit no order is lost there: to 1e-5 of the largest."""
     s = random_steps(kind, seed, T=11, H=1, K=K, V=V)
@@ -1670,7 +1777,7 @@ def test_a_planted_mixture_is_recovered_and_one_gaussian_is_not_split(seed):
 
 
 def test_a_passage_with_its_atoms_in_place_is_a_full_forward_pass_with_edits():
-    """Bits per token with all firings' writes deleted, or replaced by their atoms, by plain edits."""
+    """Bits per token with all firings' writes deleted, or replaced by their atoms: plain edits."""
     cell = tiny_cell("gdn", 5, T=30, positions=range(4, 29), head=2, cosine_min=0.25)
     table, s, edits = writesae.passage_test(cell), native_inputs(cell), dict(native=[])
     edits |= dict(delete=[], atom=[])
@@ -1694,10 +1801,11 @@ def test_a_passage_with_its_atoms_in_place_is_a_full_forward_pass_with_edits():
 # Wrong inputs: one line, status 2, nothing written
 # --------------------------------------------------------------------------------------------------
 @given(
-    st.sampled_from(["cut", "flip", "cfg"]), st.integers(0, 10**6),
+    st.sampled_from(["cut", "flip", "cfg"]),
+    st.integers(0, 10**6),
     st.sampled_from(["n_atoms", "K", "active", "encoder", "decoder", "sparsity"]),
     st.sampled_from([None, "x", [], -1, 0, 1.5, 10**12, 7, {"a": 1}]),
-)  # fmt: skip
+)
 def test_a_damaged_sae_is_refused_or_does_no_harm(tmp_path_factory, damage, where, key, value):
     path, sae = tmp_path_factory.mktemp("sae") / "a.safetensors", random_sae(0)
     sae.save(str(path))
@@ -1954,7 +2062,7 @@ def test_copies_of_training_text_are_left_out():
 
 
 def test_what_is_tested_is_in_no_training_text_and_the_null_is_drawn_from_it(monkeypatch):
-    """Python's own text: files apart, no tested passage in the training text, the null's all are."""
+    """Python's own text: files apart, no tested passage in training text, the null's all are."""
     args, collect, read = run.parse(shlex.split("replace --model gdn")), writesae.collect, []
     training, tested = run.choose_text(args)
     assert training and tested and not set(training) & set(tested)
@@ -2111,9 +2219,15 @@ def test_pasted_definitions_do_what_the_modules_do():
         yield norm(6, 1e-6)(k)
         yield from (*repeat(s, S), *chunked(s, S), *follow(s.q[:, 0], s))
         SAE, _, write, fit, kl, interval, key = take(
-            writesae, "WriteSAE", "Bank", "write_of", "fit_alternating", "kl_divergence", "wilson",
+            writesae,
+            "WriteSAE",
+            "Bank",
+            "write_of",
+            "fit_alternating",
+            "kl_divergence",
+            "wilson",
             "read_key",
-        )  # fmt: skip
+        )
         sae = SAE(12, 6, 4)
         yield torch.tensor(fit(sae, k, v, rng(0), steps=3, sample=40))
         yield from sae.encode(write(k, v))
@@ -2135,7 +2249,7 @@ def test_pretrain_goes_on_as_if_it_had_never_stopped(tmp_path, monkeypatch, caps
     """Ten steps on this project's own text: whole, and stopped after five; the weights are the same
     to the bit, and the folder is in the hub's layout."""
     sources = [
-        open(os.path.join(HERE, name), encoding="utf-8").read()[:30_000]
+        open(os.path.join(HERE, name), encoding="utf-8").read()[:8_000]
         for name in ("models.py", "run.py")
     ]
     texts = {f"{i}.py": text for i, text in enumerate(sources * 8)}
