@@ -164,7 +164,8 @@ def propagate(key: Tensor, s: StepInputs) -> tuple[Tensor, Tensor]:
     """
     later = s.q.shape[1] - 1
     keys = F.pad(key[:, None], (0, 0, 0, 0, 0, later))  # [B, T, H, K]
-    ones = F.pad(torch.ones_like(key[:, None, :, :1]), (0, 0, 0, 0, 0, later))  # [B, T, H, 1]
+    ones = torch.ones_like(key[:, None, :, :1])
+    ones = F.pad(ones, (0, 0, 0, 0, 0, later))  # [B, T, H, 1]
     gain, u = recurrence(s._replace(k=keys, v=ones))
     return gain[..., 0], u[..., 0]
 
@@ -211,9 +212,11 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | 
     def split(x: Tensor) -> Tensor:  # [B, T, H, ·] -> [N, B·H, C, ·]
         if N * C > T:
             x = F.pad(x, (0, 0, 0, 0, 0, N * C - T))
-        return x.view(B, N, C, H, -1).permute(1, 0, 3, 2, 4).reshape(N, B * H, C, -1)
+        x = x.view(B, N, C, H, -1).permute(1, 0, 3, 2, 4)
+        return x.reshape(N, B * H, C, -1)
 
-    q, k, v, log_decay = split(s.q), split(s.k), split(s.v), split(s.log_decay)
+    q, k = split(s.q), split(s.k)
+    v, log_decay = split(s.v), split(s.log_decay)
     L = log_decay.cumsum(-2)  # [N, B·H, C, 1|K] with each token
     end = L[:, :, -1:]  # [N, B·H, 1, 1|K] over the chunk
     q_start = q * L.exp()  # as the chunk's first state is read
@@ -477,7 +480,8 @@ class RWKV7(nn.Module):
         v = per_head(self.v_proj(m_v), H)  # [B, T, H, V]
         if self.v_lora is not None:
             v = v + (v_first - v) * per_head(self.v_lora(m_v), H).sigmoid()
-        log_w = -math.exp(-0.5) * per_head(self.w_lora(h + shift * self.x_w), H).sigmoid()
+        w = per_head(self.w_lora(h + shift * self.x_w), H)
+        log_w = -math.exp(-0.5) * w.sigmoid()
         a = per_head(self.a_lora(h + shift * self.x_a), H).sigmoid()
         kappa = F.normalize(k * per_head(self.k_k, H), dim=-1)
         k = k * (1 + (a - 1) * per_head(self.k_a, H))
@@ -527,7 +531,8 @@ class GatedAttention(nn.Module):
 
     def forward(self, h, cache):
         """h [B, T, D] -> the layer's output [B, T, D], the cache with T more keys and values."""
-        q, gate = self.q_proj(h).unflatten(-1, (self.heads, 2 * self.size)).chunk(2, -1)
+        q = self.q_proj(h).unflatten(-1, (self.heads, 2 * self.size))
+        q, gate = q.chunk(2, -1)
         k = self.k_proj(h).unflatten(-1, (self.key_heads, self.size)).transpose(1, 2)
         v = self.v_proj(h).unflatten(-1, (self.key_heads, self.size)).transpose(1, 2)
         start = cache["keys"].shape[2] if cache else 0
@@ -726,7 +731,8 @@ def check_shapes(s: StepInputs, state: Tensor | None):
 def check_edit(model: LanguageModel, e: Edit, layers: range, positions: range):
     """Raise InputError unless the edit is of these layers and positions, and of its head's size."""
     model.check_cell(e.layer, e.head)
-    mixer, K, V = model.layers[e.layer].mixer, e.key.shape[-1], e.value.shape[-1]
+    mixer = model.layers[e.layer].mixer
+    K, V = e.key.shape[-1], e.value.shape[-1]
     where = f"layers {layers.start}..{layers.stop - 1} over positions {positions.start}.."
     require(e.layer in layers and e.position in positions, f"edit at layer {e.layer}, position "
             f"{e.position}: this call runs {where}{positions.stop - 1}")
@@ -793,7 +799,8 @@ def build_qwen(c: dict, D: int) -> tuple:
             mixer = GatedAttention(D, heads, key_heads, size, int(size * part), theta, eps)
         else:
             mixer = GatedDeltaNet(D, *linear_sizes, conv_width, eps)
-        blocks.append(Block(mixer, RMSNorm(D, eps, 1.0), GatedMLP(D, inner), RMSNorm(D, eps, 1.0)))
+        norm1, norm2 = RMSNorm(D, eps, 1.0), RMSNorm(D, eps, 1.0)
+        blocks.append(Block(mixer, norm1, GatedMLP(D, inner), norm2))
     return blocks, RMSNorm(D, eps, 1.0)
 
 

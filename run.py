@@ -1164,7 +1164,7 @@ def variants(cell: Cell, corpus: Corpus, settings: dict, X: Factored, args) -> d
     """The paper's variants on writes (one active) and on states (32), one training budget for all:
     the same number of steps of the same batch. Then the paper's own recipe, on states, and the two
     bilinear ones with their atoms at least-squares size."""
-    budget = dict(steps=30, batch=128) if args.quick else dict(steps=800, batch=512)
+    budget = dict(steps=30, batch=128) if args.quick else dict(steps=400, batch=512)
     tokens = corpus.windows(10 if args.quick else 300, CONTEXT)
     (states,) = writesae.collect(cell.model, tokens, cell.layer, [cell.head], "state")
     on_states = settings | dict(source="state", metric="frobenius", active=32)

@@ -942,6 +942,14 @@ def test_every_setting_trains_travels_and_codes_one_as_many(tmp_path, encoder, d
     assert_close(ours, theirs, atol=2e-2, rtol=1e-2)
 
 
+def test_a_centred_sae_codes_what_differs_from_the_mean_of_its_inputs():
+    sae, X = WriteSAE(8, 6, 4, centred=True), matrix_of(random_writes(0, n=50).matrix() + 3)
+    random_metric(sae, 1)
+    fit_gradient(sae, X, rng(0), steps=1, batch=8)
+    seen = sae.see(X).matrix()
+    assert sae.mean.abs().max() > 1 and seen.mean(0).abs().max() < 1e-3 * sae.mean.abs().max()
+
+
 def test_batchtopk_keeps_n_times_active_and_jumprelu_what_passes_its_threshold():
     scores, none = torch.tensor([[5.0, 4, 3], [2, 1, -1]]), [0, 0, 0]
     sae = WriteSAE(3, 4, 4, 1, sparsity="batchtopk")

@@ -384,7 +384,12 @@ class Step(torch.autograd.Function):
 
 
 # ---- 3. Training: from tensors alone, no model needed --------------------------------------------
-def untrained(sae: WriteSAE, k: Tensor, v: Tensor, generator: torch.Generator) -> WriteSAE:
+def untrained(
+    sae: WriteSAE,
+    k: Tensor,
+    v: Tensor,
+    generator: torch.Generator,
+) -> WriteSAE:
     """The null of every dictionary: as many atoms, each a write drawn at random, no training.
 
     Same size and metric as sae; tied, one factor, the same number active. k [N, K], v [N, V]:
@@ -506,8 +511,7 @@ def fit_gradient(
     X: N matrices in the model's coordinates. Trains sae in place; returns the unexplained share of
     energy of every step.
     """
-    X = sae.see(X)
-    X = X.times(1 / inner(X, X).sqrt().clamp_min(1e-30))
+    X = unit_inputs(sae, X)
 
     def draw(n: int) -> Factored:
         pick = torch.randint(len(X.keys), (n,), generator=generator)
@@ -543,6 +547,18 @@ def fit_gradient(
     return history
 
 
+@torch.no_grad()
+def unit_inputs(sae: WriteSAE, X: Factored) -> Factored:
+    """N matrices in the SAE's coordinates, at unit norm; a centred SAE takes their mean as its
+    own."""
+    if sae.mean is not None:
+        keys, values = X.keys @ sae.to_k, X.values @ sae.to_v
+        total = keys.flatten(0, 1).T @ values.flatten(0, 1)  # Σ over all factors, [K, V]
+        sae.mean.copy_(total / len(keys))
+    X = sae.see(X)
+    return X.times(1 / inner(X, X).sqrt().clamp_min(1e-30))
+
+
 def set_threshold(sae: WriteSAE, X: Factored):
     """The threshold that `active` atoms pass on the average over the unit inputs X."""
     scores = sae.readers.products(X).relu().flatten()
@@ -571,7 +587,13 @@ def auxiliary_loss(sae: WriteSAE, R: Factored, dead: Tensor, k_aux: int) -> Tens
     return inner(left, left).mean() / inner(R, R).mean()
 
 
-def restart(sae: WriteSAE, optimiser, dead: Tensor, R: Factored, error: Tensor) -> Tensor:
+def restart(
+    sae: WriteSAE,
+    optimiser,
+    dead: Tensor,
+    R: Factored,
+    error: Tensor,
+) -> Tensor:
     """Put dead atoms at the inputs with the largest errors (their residuals R), and clear Adam's
     running means of them. Returns which were put there."""
     worst = error.argsort(descending=True)[: len(dead)]
@@ -898,7 +920,12 @@ def replacement(cell: Cell, dictionaries: dict[str, WriteSAE], whole: bool = Fal
     return stack(parts)
 
 
-def controls(cell: Cell, p: Point, first: tuple[str, WriteSAE], part: Table) -> dict[str, Factored]:
+def controls(
+    cell: Cell,
+    p: Point,
+    first: tuple[str, WriteSAE],
+    part: Table,
+) -> dict[str, Factored]:
     """`random`, `projected` and `native` of `replacement` at one point. Draws are made for all n
     passages of the text, so that they do not depend on the size of a batch."""
     name, sae = first
@@ -1264,7 +1291,12 @@ class Prompts(NamedTuple):
     s: StepInputs  # of the heads side by side, over the n tokens: [N, n, C, ·]
     gate: Tensor  # [N, C, V] gate times norm weight, at the last token
 
-    def read(self, keys: Tensor, values: Tensor, then: Tensor) -> tuple[Tensor, Cache]:
+    def read(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        then: Tensor,
+    ) -> tuple[Tensor, Cache]:
         """Read the last n tokens, key valueᵀ added to each head's state at each, and tokens `then`.
 
         keys [N, n, C, K], values [N, n, C, V], then [N, m] -> logits from the prompt's last token
@@ -1280,7 +1312,12 @@ class Prompts(NamedTuple):
 
 
 @torch.no_grad()
-def read_prompts(model: LanguageModel, tokens: Tensor, heads, n: int = EDITED) -> Prompts:
+def read_prompts(
+    model: LanguageModel,
+    tokens: Tensor,
+    heads,
+    n: int = EDITED,
+) -> Prompts:
     """Read prompts [N, T] natively, ready for edits of these (layer, head) pairs at their last n
     positions. Raises InputError for a head that is none, and if prompts are not longer than n."""
     for head in heads:
@@ -1370,7 +1407,13 @@ def sized(values: Tensor, size: float, budget: bool) -> Tensor:
     return values * (size / length.clamp_min(1e-30))
 
 
-def score(prompts: Prompts, keys: Tensor, values: Tensor, targets: Tensor, what: str) -> Tensor:
+def score(
+    prompts: Prompts,
+    keys: Tensor,
+    values: Tensor,
+    targets: Tensor,
+    what: str,
+) -> Tensor:
     """What values are to raise, [N]:
 
     logit     of the target for the first new token
@@ -1394,7 +1437,13 @@ def score(prompts: Prompts, keys: Tensor, values: Tensor, targets: Tensor, what:
     return (on_the_way + of_target[:, 1:]).logsumexp(1)
 
 
-def gradient(prompts: Prompts, keys: Tensor, values: Tensor, targets: Tensor, what: str) -> Tensor:
+def gradient(
+    prompts: Prompts,
+    keys: Tensor,
+    values: Tensor,
+    targets: Tensor,
+    what: str,
+) -> Tensor:
     """d score / d values, by one backward pass. -> [N, n, C, V]"""
     with torch.enable_grad():
         values = values.detach().requires_grad_()
@@ -1402,7 +1451,12 @@ def gradient(prompts: Prompts, keys: Tensor, values: Tensor, targets: Tensor, wh
         return torch.autograd.grad(total, values)[0]
 
 
-def formula_slopes(prompts: Prompts, keys: Tensor, targets: Tensor, gated: bool) -> Tensor:
+def formula_slopes(
+    prompts: Prompts,
+    keys: Tensor,
+    targets: Tensor,
+    gated: bool,
+) -> Tensor:
     """How the target's first logit rises with each value by the ladder's rungs, [N, n, C, V]:
     (u · q) W_Oᵀ W_U[target], u by the gates alone (three factors, the paper's), or
     (u · q) gate · W_Oᵀ W_U[target], u exact (gated)."""
