@@ -405,7 +405,8 @@ class TablePrinter:
     def markdown(self, rows: list[dict]) -> str:
         """The whole table in Markdown."""
         lines = [list(self.columns), ["---"] * len(self.columns), *map(self.fields, rows)]
-        return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        safe = [[text.replace("|", "\\|") for text in line] for line in lines]
+        return "".join("| " + " | ".join(line) + " |\n" for line in safe)
 
 
 def about_cells(experiment: Experiment, results: list[dict]) -> str:

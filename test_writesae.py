@@ -484,34 +484,8 @@ def test_mamba2_against_transformers(tmp_path, groups, layout):
     assert_same_logits(load(str(tmp_path)), tokens, model(tokens).logits)
 
 
-def official_rwkv_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
-    """Our RWKV-7's weights under its author's names."""
-    z = {"emb.weight": model.embedding.weight, "head.weight": model.head.weight}
-    norms = {"blocks.0.ln0": model.embed_norm, "ln_out": model.norm}
-    for i, block in enumerate(model.layers):
-        a, at, ffn = block.mixer, f"blocks.{i}.att.", f"blocks.{i}.ffn."
-        norms |= {f"blocks.{i}.ln1": block.norm1, f"blocks.{i}.ln2": block.norm2}
-        norms[at + "ln_x"] = a.g_norm
-        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a", "r_k"):
-            z[at + name] = getattr(a, name)
-        for ours, theirs in dict(r="receptance", k="key", v="value", out="output").items():
-            z[at + theirs + ".weight"] = getattr(a, ours + "_proj").weight
-        for c in "wavg" if i else "wag":
-            lora = getattr(a, c + "_lora")
-            z[at + c + "1"], z[at + c + "2"] = lora[0].weight.T, lora[2].weight.T
-            if c != "g":
-                z[at + c + "0"] = lora[2].bias
-        z[ffn + "x_k"], z[ffn + "key.weight"] = block.mlp.x_k, block.mlp.key.weight
-        z[ffn + "value.weight"] = block.mlp.value.weight
-    for name, norm in norms.items():
-        z[name + ".weight"], z[name + ".bias"] = norm.weight, norm.bias
-    return {name: x.clone() for name, x in z.items()}
-
-
 @pytest.mark.parametrize("layout", ["x_r ... x_g apart", "packed as x_x"])
 def test_rwkv7_against_its_authors_package(tmp_path, layout):
-    from rwkv.model import RWKV
-
     config = tiny_config("rwkv7", num_hidden_layers=3)
     model = shake(models.build(config), 3)
     models.save(model, config, str(tmp_path))
@@ -523,9 +497,8 @@ def test_rwkv7_against_its_authors_package(tmp_path, layout):
         else:  # fla's shape
             tensors |= {name[:-1] + c: x.view(1, 1, -1) for c, x in mixes.items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    torch.save(official_rwkv_weights(model), tmp_path / "official.pth")
     tokens = random_tokens(4, B=1, T=40)
-    official = RWKV(model=str(tmp_path / "official"), strategy="cpu fp32")
+    official = run.Peer(model).model  # our weights under its authors' names
     theirs, _ = official.forward(tokens[0].tolist(), None, full_output=True)
     assert_same_logits(load(str(tmp_path)), tokens, theirs[None])
 
@@ -2102,6 +2075,37 @@ def test_own_text_trains_and_is_held_out(tmp_path):
     assert "text-" in run.sae_file(load(os.path.join(HERE, "checkpoints", "gdn")), 1, 0, args)
 
 
+def test_saes_are_found_in_a_folder_or_under_a_hub_id(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = load(os.path.join(HERE, "checkpoints", "gdn"))
+    for saes in ("someone/saes", str(tmp_path)):
+        path = run.sae_file(model, 1, 0, run.parse(["replace", "--saes", saes]))
+        assert path == str(tmp_path / "sae-L1H0.safetensors")
+    ((name, patterns),) = asked
+    assert name == "someone/saes" and "sae*.safetensors" in patterns
+
+
+def test_results_are_printed_again_from_their_json(capsys, tmp_path):
+    """The table of a run is the table of its --json; what is no such file is refused in a line."""
+    results = os.path.join(HERE, "figures", "replace.json")
+    assert run.main(["replace", "--results", results, "--markdown", str(tmp_path / "t.md")]) == 0
+    printed, table = capsys.readouterr().out, (tmp_path / "t.md").read_text()
+    assert printed.startswith(run.REPLACE_LEGEND) and printed.count("untrained writes") == 4
+    assert "## `python run.py replace`" in table and table.count("| gdn L1H0") == 1
+    readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    assert printed.strip() in readme, "README's first table is what the shipped results print"
+    for wrong in (os.path.join(HERE, "README.md"), "nothing.json"):
+        assert run.main(["replace", "--results", wrong]) == 2
+
+
 def test_a_table_aligns_and_shows_what_is_missing(capsys):
     printer = run.TablePrinter({"name ": "{name}", "rate": "{rate:.1%}", "deep": "{x[0][y]}"})
     printer.print(dict(name="a", rate=0.123, x=[dict(y=3)]))
@@ -2129,15 +2133,6 @@ def test_the_readmes_examples_run(tmp_path, monkeypatch):
     assert len(blocks) == 2 and names["a"].shape == (5,) and names["logits"].shape == (1, 4, 2048)
     (native, _), edited = names["model"](names["tokens"]), names["logits"]
     assert torch.equal(native[:, 0], edited[:, 0]) and not torch.equal(native[:, 1], edited[:, 1])
-
-
-def test_the_readmes_first_table_is_what_the_shipped_results_print(capsys):
-    printer = run.TablePrinter(run.REPLACE_COLUMNS)
-    for figures in json.loads(text_of("figures", "replace.json")):
-        for row in run.replace_rows([figures]):
-            printer.print(row)
-    text = text_of("README.md")
-    assert capsys.readouterr().out.strip() in text and run.REPLACE_LEGEND in text
 
 
 def test_the_readmes_commands_parse_and_what_they_name_exists(monkeypatch):
