@@ -415,7 +415,19 @@ def set_metric(sae: WriteSAE, M_k: Tensor, M_v: Tensor):
     sae.to_v.copy_(torch.linalg.cholesky(M_v))
 
 
-def best_atom(keys: Tensor, values: Tensor, x: Tensor, y: Tensor, rows: int = 128):
+def draw(X: Factored, n: int, generator: torch.Generator) -> Factored:
+    """n of N matrices, drawn with replacement."""
+    pick = torch.randint(len(X.keys), (n,), generator=generator)
+    return X.rows(pick.to(X.keys.device))
+
+
+def best_atom(
+    keys: Tensor,
+    values: Tensor,
+    x: Tensor,
+    y: Tensor,
+    rows: int = 128,
+):
     """For writes x [N, K], y [N, V] the largest a = (key · x)(value · y) and its atom: [N], [N].
     A block of rows at a time stays in the processor's cache."""
     a, atom = [], []
@@ -453,21 +465,15 @@ def fit_alternating(
     in place; returns the share of energy explained, mean a², of every step.
     """
     X = sae.see(write_of(k, v))
-    k = F.normalize(X.keys[:, 0], dim=-1)
-    v = F.normalize(X.values[:, 0], dim=-1)
-
-    def draw(n: int) -> tuple[Tensor, Tensor]:
-        pick = torch.randint(len(k), (n,), generator=generator).to(k.device)
-        return k[pick], v[pick]
-
+    X = Factored(F.normalize(X.keys[:, 0], dim=-1), F.normalize(X.values[:, 0], dim=-1))
     keys = sae.atoms.keys.data[:, 0]  # a view, [n, K]
     values = sae.atoms.values.data[:, 0]  # [n, V]
-    keys[:], values[:] = draw(sae.n_atoms)
+    keys[:], values[:] = draw(X, sae.n_atoms, generator)
     key_sum, value_sum = torch.zeros_like(keys), torch.zeros_like(values)
     count = torch.zeros(sae.n_atoms, device=k.device)  # how many recent writes each sum holds
     history = []
     for _ in progress(range(steps)):
-        x, y = draw(sample)
+        x, y = draw(X, sample, generator)
         a, atom = best_atom(keys, values, x, y)  # 1.
         for total in (key_sum, value_sum, count):
             total *= memory
@@ -512,20 +518,15 @@ def fit_gradient(
     energy of every step.
     """
     X = unit_inputs(sae, X)
-
-    def draw(n: int) -> Factored:
-        pick = torch.randint(len(X.keys), (n,), generator=generator)
-        return X.rows(pick.to(X.keys.device))
-
-    sae.start(torch.arange(sae.n_atoms), draw(sae.n_atoms))
+    sae.start(torch.arange(sae.n_atoms), draw(X, sae.n_atoms, generator))
     if sae.threshold is not None:
-        set_threshold(sae, draw(batch))
+        set_threshold(sae, draw(X, batch, generator))
     optimiser = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr)
     silent = torch.zeros(sae.n_atoms, device=X.keys.device)  # samples since an atom was active
     history = []
     for step in progress(range(steps)):
         optimiser.param_groups[0]["lr"] = lr * schedule(step, steps)
-        x = draw(batch)
+        x = draw(X, batch, generator)
         index, a = sae.select(sae.readers.products(x), training=True)
         R = x.minus(sae.assemble(index, a))
         error = inner(R, R)  # [batch]
@@ -578,7 +579,12 @@ def sparsity_loss(sae: WriteSAE, index: Tensor, a: Tensor) -> Tensor:
     return (number / sae.active - 1).square()
 
 
-def auxiliary_loss(sae: WriteSAE, R: Factored, dead: Tensor, k_aux: int) -> Tensor:
+def auxiliary_loss(
+    sae: WriteSAE,
+    R: Factored,
+    dead: Tensor,
+    k_aux: int,
+) -> Tensor:
     """The share of the residual R's energy that the k_aux best of the dead atoms leave."""
     R = Factored(R.keys.detach(), R.values.detach())
     scores = sae.readers.products(R)[:, dead].relu()
@@ -1348,7 +1354,12 @@ def read_prompts(
 
 
 @torch.no_grad()
-def draw_targets(model: LanguageModel, tokens: Tensor, each: int, generator) -> Table:
+def draw_targets(
+    model: LanguageModel,
+    tokens: Tensor,
+    each: int,
+    generator,
+) -> Table:
     """Up to `each` targets of rank 100-1000 for the first new token, per prompt and stratum.
     tokens [P, T] -> a row per pair: prompt, target, stratum."""
     logits, _ = model(tokens)
