@@ -167,7 +167,7 @@ def test_the_examples_in_the_docstrings_hold():
     assert doctest.testmod(models) == (0, 12)
 
 
-def test_two_tokens_by_hand():
+def test_recurrence_of_two_tokens_by_hand():
     """S_1 = k_1 v_1ᵀ; S_2 halves it, takes out what lies along k_1, and writes k_2 v_2ᵀ."""
 
     def one(*rows):  # [T, ·] -> [1, T, 1, ·]
@@ -207,7 +207,7 @@ def close(a: torch.Tensor, b: torch.Tensor, hint: str, atol=1e-4):
     st.integers(0, 20),
     st.booleans(),
 )
-def test_chunks_and_splits_give_the_loop(kind, seed, T, K, V, chunk, with_state):
+def test_chunks_and_splits_give_the_recurrence(kind, seed, T, K, V, chunk, with_state):
     s = random_steps(kind, seed, T=T, K=K, V=V)
     start = torch.randn(2, 3, K, V, generator=rng(seed)) if with_state else None
     o, S = recurrence(s, start)
@@ -224,7 +224,7 @@ def test_chunks_and_splits_give_the_loop(kind, seed, T, K, V, chunk, with_state)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_chunks_learn_what_the_loop_learns(kind):
+def test_chunks_learn_what_the_recurrence_learns(kind):
     """The gradients of both, for every tensor, also where a decay is as good as 0."""
     s = random_steps(kind, 1, T=40)
     grads = []
