@@ -485,9 +485,8 @@ def open_cells(args, n: int):
         if opened != name:
             model, opened = open_model(name, args), name
             corpus = Corpus(models.load_tokenizer(model), training, model.device)
-            if args.quick and args.passages is None and is_large(model):
-                n = max(2, n // 4)
-            tokens, file = tested_windows(corpus, tested, n, PASSAGE)
+            few = args.quick and args.passages is None and is_large(model)
+            tokens, file = tested_windows(corpus, tested, max(2, n // 4) if few else n, PASSAGE)
         rng = torch.Generator().manual_seed(args.seed)
         cell = Cell(model, layer, head, tokens, POSITIONS, rng, file=file, progress=progress)
         yield cell, corpus
@@ -1257,9 +1256,9 @@ def draw_compare(results: list[dict], tables: list[Table]):
     """Recovered share of all effects, and coverage, against the number of atoms (or of active
     ones)."""
     figure, axes = panels(2)
-    key, value = "n_atoms", "recovered_pooled_all"
+    key, value, number = "n_atoms", "recovered_pooled_all", "atoms"
     if results[0]["what"] == "active":
-        key, value = "active", "whole_recovered_all"
+        key, value, number = "active", "whole_recovered_all", "active atoms"
     for colour, model in zip(COLOURS, dict.fromkeys(r["model"] for r in results)):
         for trained, line in ((True, "o-"), (False, "o:")):
             rows = [r for r in results if r["model"] == model and r["trained"] == trained]
@@ -1268,7 +1267,7 @@ def draw_compare(results: list[dict], tables: list[Table]):
                 label = model if trained else model + ", untrained"
                 axis.plot(x, y, line, color=colour, markersize=4, label=label)
     for axis, title in zip(axes, ("recovered, all positions", "coverage")):
-        axis.set(xscale="log", xlabel=key.replace("n_", "").replace("ve", "ve atoms"), title=title)
+        axis.set(xscale="log", xlabel=number, title=title)
     axes[0].legend(fontsize=8)
     return figure
 

@@ -1811,7 +1811,8 @@ def passage_test(cell: Cell) -> Table:
     places, and with random rank-1 matrices of the writes' norms there. -> a row per passage."""
     model, layer, head = cell[:3]
     parts, positions = [], list(cell.positions)
-    for tokens in cell.progress(cell.tokens.split(16)):
+    fit = 10 * BATCH_BYTES // (4 * cell.tokens.shape[1] * model.vocab)  # whole passages' logits
+    for tokens in cell.progress(cell.tokens.split(max(1, min(16, fit)))):
         n, T = tokens.shape
         (X,) = collect(model, tokens, layer, [head])
         _, a, A = cell.sae.dominant(X)
