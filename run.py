@@ -1023,6 +1023,7 @@ def describe(cell: Cell, corpus: Corpus, at: Table) -> dict:
     counts = at["token"].bincount()
     return dict(
         n_firings=len(at["index"]),
+        n_files=len(contexts),
         cosine=mean(at["cosine"]),
         token=decode([counts.argmax().item()]),
         token_purity=(counts.max() / counts.sum()).item(),
@@ -1038,7 +1039,8 @@ def atoms_rows(results: list[dict]) -> list[dict]:
     print(POPULATION.format(**head | head["population"] | head["passage_test"]))
     rows = []
     for r in results:
-        promotes = "  ".join(map(repr, r["promoted"]))
+        pairs = zip(r["promoted"], r["promoted_nats"])
+        promotes = "  ".join(f"{token!r} {nats:+.3f}" for token, nats in pairs)
         rows.append(r | dict(promotes=promotes, on=repr(r["token"])))
         rows += [dict(promotes="    " + repr(context)) for context in r["contexts"]]
     return rows
@@ -1046,23 +1048,25 @@ def atoms_rows(results: list[dict]) -> list[dict]:
 
 POPULATION = """\
 {model} L{layer}H{head}: {n_firings:,} firings of {n_atoms:,} atoms in {n_passages} passages. Atoms
-with five firings or more hold {often_share:.0%} of them; {token_purity:.0%} of an atom's are on one
-token.
+with five firings or more hold {often_share:.0%} of them; on average {token_purity:.0%} of such an
+atom's firings are on its most frequent token.
 cosine with the writes, two Gaussians: {groups[n][0]} atoms at {groups[mean][0]:.2f} ±
 {groups[deviation][0]:.2f}, {groups[n][1]} at {groups[mean][1]:.2f} ± {groups[deviation][1]:.2f};
-ΔBIC {groups[delta_bic]:+.0f} (negative: two are better than one)
+ΔBIC {groups[delta_bic]:+.0f} (below 0: two Gaussians fit better than one, their parameters counted)
 all firings of a passage at once ({firings:.0f} of them), bits per token: unmodified
 {bits_native:.3f}, their atoms {bits_atom:.3f}, deleted {bits_delete:.3f}, random writes
 {bits_random:.3f}
 """
 ATOMS_LEGEND = """\
-Atoms: what they stand for, most used first. n: firings.  cosine: of the atom with the writes it
-stands for.  on: the token at which it fires most, and its share.  Then the tokens whose
-log-probability falls most if the atom is taken out of the state (mean over the write's step and
-the ten after it), and five contexts from different files, the firing token in ⟦ ⟧."""
+Atoms: what they stand for, most used first (with --quick the order is chance). n: firings, files:
+in how many files.  cosine: of the atom with the writes it stands for.  on: the token at which it
+fires most, and its share.  Then the tokens whose log-probability falls most if the atom is taken
+out of the state, by how much (nats, mean over the write's step and the ten after it), and up to
+five contexts from different files, the firing token in ⟦ ⟧."""
 ATOMS_COLUMNS = {
     "atom": "{atom}",
     "n": "{n_firings}",
+    "files": "{n_files}",
     "cosine": "{cosine:.2f}",
     "on          ": "{on}",
     "share": "{token_purity:.0%}",
@@ -1501,8 +1505,11 @@ def full_size(folder: str, device: torch.device) -> LanguageModel:
     shape |= dict(linear_key_head_dim=128, linear_value_head_dim=128, head_dim=256)
     shape["rope_parameters"] |= dict(rope_theta=1e7, partial_rotary_factor=0.25)
     shape["vocab_size"] = 248_320
-    model = models.build(shape)
-    initialise(model, torch.Generator().manual_seed(0))
+    model, rng = models.build(shape).requires_grad_(False), torch.Generator().manual_seed(0)
+    initialise(model, rng)
+    for p in model.parameters():
+        if not p.any():  # as before training, so that states would have no effect
+            p.copy_(0.02 * torch.randn(p.shape, generator=rng))
     models.save(model, shape, folder, torch.bfloat16)
     return models.load(folder, device, torch.bfloat16)
 
@@ -1922,7 +1929,7 @@ COMMANDS = {  # command -> its function, its options, an example
         "--model gdn --prompt 'def f(x):' --target ' yield'",
     ),
     "erase": (run_experiment, TEST + SAE, "--model mamba2"),
-    "atoms": (run_experiment, TEST + SAE + " atom", "--model gdn --atom 656"),
+    "atoms": (run_experiment, TEST + SAE + " atom", "--model gdn --atom 11282"),
     "compare": (run_experiment, TEST + " what", "--what sizes --plot sizes.png"),
     "bench": (bench, COMMON + " dtype json markdown full-size", "--quick"),
     "picture": (picture, "plot", "--plot figures/method.png"),

@@ -397,8 +397,8 @@ def untrained(
     """
     settings = dict(encoder="tied", decoder="rank1", sparsity="topk", centred=False)
     null = WriteSAE(**sae.cfg | settings).to(k.device)
-    M_k, M_v = sae.to_k @ sae.to_k.T, sae.to_v @ sae.to_v.T
-    set_metric(null, M_k, M_v)
+    null.to_k.copy_(sae.to_k)
+    null.to_v.copy_(sae.to_v)
     drawn = torch.randint(len(k), (sae.n_atoms,), generator=generator)
     drawn = drawn.to(k.device)
     X = null.see(write_of(k[drawn], v[drawn]))
@@ -485,7 +485,7 @@ def fit_alternating(
         weight = a * (keys[atom] * x).sum(-1)
         value_sum.index_add_(0, atom, weight[:, None] * y)
         values[used] = F.normalize(value_sum[used], dim=-1)
-        unused = (~used).nonzero()[:, 0]  # 3.
+        unused = (~used).nonzero()[:sample, 0]  # 3.
         worst = a.argsort()[: len(unused)]
         keys[unused], values[unused] = x[worst], y[worst]
         for total in (key_sum, value_sum, count):
@@ -785,7 +785,7 @@ def read_metric(cell: Cell, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
 
     To second order the effect of a small change δS of the state is a quadratic form in it,
 
-        effect = ½ ⟨δS, F δS⟩,   F = E[G Gᵀ] over vec(G),   G = ∂/∂S_t Σ_h log p(drawn token at t+h)
+        effect = ½ ⟨δS, F δS⟩,   F = E[vec(G) vec(G)ᵀ],   G = ∂/∂S_t Σ_h log p(drawn token at t+h)
 
     F is the Fisher information; tokens are drawn from the model's own predictions (drawn
     independently at each step, so that products between steps vanish). It is approximated by a
@@ -811,6 +811,13 @@ def read_metric(cell: Cell, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
             (G,) = torch.autograd.grad(at_token(logp, drawn).sum(), rows)  # [P, K, V]
         M_k += torch.einsum("pkv,plv->kl", G, G)
         M_v += torch.einsum("pkv,pkw->vw", G, G)
+
+    heeded = bool(M_k.any())
+    require(
+        heeded,
+        f"no prediction heeds the state of layer {cell.layer}, head {cell.head}: is the "
+        "model trained?",
+    )
 
     def mixed(M: Tensor) -> Tensor:
         scaled = M / M.diagonal().mean()
