@@ -19,6 +19,7 @@ Words used throughout:
     firing     the dominant atom stands for the write: cosine(a A, k vᵀ) ≥ 0.71, so that it explains
                half of the write's energy or more
     coverage   the share of positions with a firing
+    native     as the unmodified model has it
     effect     KL(native ‖ edited) of the next-token distribution, summed over the write's step and
                the ten after it, in nats
 
@@ -153,7 +154,7 @@ class Bank(nn.Module):
     def put(self, which: Tensor, X: Factored):
         """Put the matrices X, one each, at the indices `which`: all of X where the rank allows it,
         else its leading pair, with sides of equal length. A second pair starts as a tenth of its
-        neighbour's."""
+        neighbour's: at zero it would have no gradient."""
         if self.fixed:
             self.values[which] = X.matrix()
             return
@@ -192,8 +193,9 @@ class WriteSAE(nn.Module):
     The paper's five SAEs are settings: FlatSAE dense/flat, MatrixSAE dense/rank1, BilinearSAE
     bilinear/rank1, tied/rank1 and bilinear/flat. No bias: twice the input, twice the coefficients.
 
-    Coordinates. An SAE may measure distance otherwise than by the Frobenius norm: `see` turns keys
-    by to_k and values by to_v, and all coding and training happens there (`read_metric` says why).
+    Coordinates. An SAE may measure distance otherwise than by the Frobenius norm, stretched along
+    what later predictions heed (`read_metric`): `see` turns keys by to_k and values by to_v, and
+    all coding and training happens there. (A firing's cosine is measured in the model's own.)
     `encode` takes and `decode` gives matrices in the model's own coordinates.
 
     cfg travels with the weights: the settings, source (what is coded: "write" or "state"), the
@@ -306,7 +308,8 @@ class WriteSAE(nn.Module):
 
     def dominant(self, X: Factored) -> tuple[Tensor, Tensor, Factored]:
         """Each X's dominant atom, its coefficient, and a A: [N], [N], N matrices. Of a flat atom
-        only the leading singular pair can be written by a head, and stands in for it (Table 6)."""
+        only the leading singular pair can be written by a head, and stands in for it, as in the
+        paper's Table 6; the two pairs of rank 2 are put in together."""
         index, a = self.encode(X)
         A = self.decode(index[:, :1], a[:, :1])
         return index[:, 0], a[:, 0], leading_pair(A) if self.atoms.fixed else A
@@ -392,7 +395,7 @@ def untrained(
 ) -> WriteSAE:
     """The null of every dictionary: as many atoms, each a write drawn at random, no training.
 
-    Same size and metric as sae; tied, one factor, the same number active. k [N, K], v [N, V]:
+    Same size and metric as sae; tied, rank 1, the same number active. k [N, K], v [N, V]:
     writes of the training text. What sae does better than this one is what learning added.
     """
     settings = dict(encoder="tied", decoder="rank1", sparsity="topk", centred=False)
@@ -719,7 +722,7 @@ def points(cell: Cell, branches: int = 1):
             last, _ = model.run(below, first=layer)  # the last layer's output
             s = model.step_inputs(below, layer).heads([head])
             cache, done = None, 0
-        _, cache = model.run(below.times(done, t), cache, first=layer)
+        _, cache = model.run(below.times(done, t), cache, first=layer)  # extended to t
         done, end = t, t + HORIZONS
         logp = at_least_fp32(model.unembed(last.times(t, end))).log_softmax(-1)
         yield Point(cell, t, passage, below.times(t, end), cache, s.times(t, end), logp)
@@ -735,7 +738,7 @@ def at_token(x: Tensor, token: Tensor) -> Tensor:
     return x.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
-def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p ‖ q) in nats from log-probabilities [..., vocab] -> [...].
 
     Σ p (e^d − 1 − d) with d = log q − log p. The added Σ p (e^d − 1) = Σ q − Σ p is zero, but now
@@ -743,8 +746,8 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     fp32, where Σ p (log p − log q) ends at 1e-7. (Beyond d = 60 p is nothing beside q; cut there,
     so that no e^d overflows.)
     """
-    d = (q - p).clamp(max=60)
-    return (p.exp() * (d.expm1() - d)).sum(-1)
+    d = (log_q - log_p).clamp(max=60)
+    return (log_p.exp() * (d.expm1() - d)).sum(-1)
 
 
 @torch.inference_mode()
