@@ -1833,7 +1833,7 @@ WRONG = {  # a command line (GDN: --model gdn) -> what its one line of error say
     "steer --magnitude nan": "finite",
     "steer --magnitude -1": "finite numbers from 0",
     "steer GDN --head all": "one cell",
-    "erase GDN --cosine-min 2 --quick": "no atom fires",
+    "erase GDN --cosine-min 2 --quick --passages 8": "no atom fires",
     "erase GDN --quick --plot x.png": "draws no picture",
     "atoms GDN --quick --atom 99999": "atoms 0 to 16383|allowed are 0 to 16383",
     "train GDN": "exists; --force writes over it",
