@@ -1938,7 +1938,7 @@ COMMANDS = {  # command -> its function, its options, an example
         CELL + SAE + " source active encoder decoder sparsity metric steps force",
         "--model rwkv7 --layer 2 --head all",
     ),
-    "pretrain": (pretrain, COMMON + " tokens out force", "--model mamba2 --out /tmp/models"),
+    "pretrain": (pretrain, COMMON + " tokens out force", "--model mamba2 --out models"),
 }
 
 

@@ -2130,7 +2130,8 @@ def test_the_readmes_examples_run(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").symlink_to(os.path.join(HERE, "checkpoints"))
     for block in blocks:
         exec(block, names)
-    assert len(blocks) == 2 and names["a"].shape == (10_000,) and names["logits"].shape == (1, 4, 2048)
+    assert len(blocks) == 2 and names["a"].shape == (10_000,)
+    assert names["logits"].shape == (1, 4, 2048)
     (native, _), edited = names["model"](names["tokens"]), names["logits"]
     assert torch.equal(native[:, 0], edited[:, 0]) and not torch.equal(native[:, 1], edited[:, 1])
 
