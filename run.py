@@ -990,13 +990,17 @@ def atoms(cell: Cell, corpus: Corpus, args):
     cell, n = cell._replace(positions=EVERYWHERE), cell.sae.n_atoms
     require(args.atom is None or args.atom < n, f"--atom {args.atom}: allowed are 0 to {n - 1}")
     table = writesae.codes(cell)
-    at, described = writesae.firings(cell, table), []
+    at = writesae.firings(cell, table)
     uses = torch.bincount(at["index"], minlength=n)
-    chosen = uses.topk(min(n, 4 if args.quick else 12)).indices.tolist()
-    for atom in chosen if args.atom is None else [args.atom]:
-        here = some_rows(at, at["index"] == atom)
-        require(len(here["index"]) > 0, f"atom {atom} never fires in this text: more --passages?")
-        described.append(dict(atom=atom) | describe(cell, corpus, here))
+    most = uses.topk(min(int((uses > 0).sum()), 4 if args.quick else 12)).indices.tolist()
+    chosen = most if args.atom is None else [args.atom]
+    require(uses[chosen[0]] > 0, f"atom {args.atom} never fires in this text: more --passages?")
+    parts = [some_rows(at, at["index"] == atom) for atom in chosen]
+    samples = [some_rows(part, spread(len(part["index"]), 40)) for part in parts]
+    some = writesae.stack(samples)  # one pass over the text for all atoms
+    lost = writesae.taken_out(cell, some, writesae.atoms_at(cell, some))
+    lost = lost.split([len(sample["index"]) for sample in samples])
+    described = [describe(cell, corpus, *both) for both in zip(parts, lost)]
     population = writesae.population_figures(table, cell.sae.cfg["cosine_min"])
     quarter = cell.tokens[: len(cell.tokens) // 4 + 1]
     positions = range(EVERYWHERE.start, PASSAGE - 1)
@@ -1006,13 +1010,15 @@ def atoms(cell: Cell, corpus: Corpus, args):
     return described, table
 
 
-def describe(cell: Cell, corpus: Corpus, at: Table) -> dict:
-    """One atom, by its firings: its figures, the tokens that lose most if it is taken out, and five
-    contexts from different files."""
-    spread = torch.linspace(0, len(at["index"]) - 1, min(40, len(at["index"]))).long()
-    some = some_rows(at, spread)
-    lost = writesae.taken_out(cell, some, writesae.atoms_at(cell, some)).mean(0)
-    promoted = lost.topk(5, largest=False)
+def spread(n: int, most: int) -> Tensor:
+    """At most so many of the numbers 0..n−1, evenly spread."""
+    return torch.linspace(0, n - 1, min(most, n)).long()
+
+
+def describe(cell: Cell, corpus: Corpus, at: Table, lost: Tensor) -> dict:
+    """One atom, by its firings and what tokens lose if it is taken out at some of them [n, vocab]:
+    its figures, the tokens that lose most, and five contexts from different files."""
+    promoted = lost.mean(0).topk(5, largest=False)
     decode, contexts = corpus.tokenizer.decode, {}
     for passage, t in zip(at["passage"].tolist(), at["position"].tolist()):
         ids = cell.tokens[passage].tolist()
@@ -1022,6 +1028,7 @@ def describe(cell: Cell, corpus: Corpus, at: Table) -> dict:
         contexts.setdefault(int(cell.file[passage]), marked)  # the first of each file
     counts = at["token"].bincount()
     return dict(
+        atom=int(at["index"][0]),
         n_firings=len(at["index"]),
         n_files=len(contexts),
         cosine=mean(at["cosine"]),
