@@ -331,6 +331,8 @@ def check_sae(sae: WriteSAE, cell: Cell, path: str, args):
         expected["model"] = os.path.basename(model.name)
     if args.atoms is not None:
         expected["n_atoms"] = args.atoms
+    if args.command != "replace":  # the one experiment that knows what to do with states
+        expected["source"] = "write"
     for key, value in expected.items():
         theirs, advice = sae.cfg.get(key), f"give an SAE of {cell_name(cell)}, or leave --sae out"
         require(
@@ -988,7 +990,8 @@ def atoms(cell: Cell, corpus: Corpus, args):
     """The most used atoms of a cell, each with its tokens and contexts, and the population's
     figures."""
     cell, n = cell._replace(positions=EVERYWHERE), cell.sae.n_atoms
-    require(args.atom is None or args.atom < n, f"--atom {args.atom}: allowed are 0 to {n - 1}")
+    there = args.atom is None or 0 <= args.atom < n
+    require(there, f"--atom {args.atom}: allowed are 0 to {n - 1}")
     table = writesae.codes(cell)
     at = writesae.firings(cell, table)
     uses = torch.bincount(at["index"], minlength=n)

@@ -1819,6 +1819,8 @@ WRONG = {  # a command line (GDN: --model gdn) -> what its one line of error say
     "replace GDN --sae SHORT": "holds no WriteSAE",
     "replace GDN --sae HERE/rwkv7/sae-L1H0.safetensors": "architecture rwkv7",
     "replace GDN --head 1 --sae HERE/gdn/sae-L1H0.safetensors": "head 0, here it is 1",
+    "erase GDN --sae HERE/gdn/sae-state-L1H0.safetensors": "source state, here it is write",
+    "atoms GDN --quick --atom -1": "allowed are 0 to 16383",
     "replace GDN --quick --json no-such-folder/x.json": "cannot be written",
     "replace --device abacus": "abacus",
     "replace --passages 0": "at least 1",

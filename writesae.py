@@ -395,10 +395,11 @@ def untrained(
 ) -> WriteSAE:
     """The null of every dictionary: as many atoms, each a write drawn at random, no training.
 
-    Same size and metric as sae; tied, rank 1, the same number active. k [N, K], v [N, V]:
-    writes of the training text. What sae does better than this one is what learning added.
+    Same size and metric as sae; tied, rank 1, the same number active; it codes writes. k [N, K],
+    v [N, V]: writes of the training text. What sae does better than this one is what learning added.
     """
     settings = dict(encoder="tied", decoder="rank1", sparsity="topk", centred=False)
+    settings["source"] = "write"
     null = WriteSAE(**sae.cfg | settings).to(k.device)
     null.to_k.copy_(sae.to_k)
     null.to_v.copy_(sae.to_v)
