@@ -396,7 +396,7 @@ def untrained(
     """The null of every dictionary: as many atoms, each a write drawn at random, no training.
 
     Same size and metric as sae; tied, rank 1, the same number active; it codes writes. k [N, K],
-    v [N, V]: writes of the training text. What sae does better than this one is what learning added.
+    v [N, V]: writes of the training text. What sae does better than this one, learning added.
     """
     settings = dict(encoder="tied", decoder="rank1", sparsity="topk", centred=False)
     settings["source"] = "write"
