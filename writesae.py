@@ -745,10 +745,13 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     Σ p (e^d − 1 − d) with d = log q − log p. The added Σ p (e^d − 1) = Σ q − Σ p is zero, but now
     every term is ≥ 0 and of second order in d, so that an effect of 1e-9 nats is still read in
     fp32, where Σ p (log p − log q) ends at 1e-7. (Beyond d = 60 p is nothing beside q; cut there,
-    so that no e^d overflows.)
+    so that no e^d overflows.) A block of rows at a time stays in the processor's cache.
     """
-    d = (log_q - log_p).clamp(max=60)
-    return (log_p.exp() * (d.expm1() - d)).sum(-1)
+    kl, vocab = [], log_p.shape[-1]
+    for p, q in zip(log_p.reshape(-1, vocab).split(128), log_q.reshape(-1, vocab).split(128)):
+        d = (q - p).clamp(max=60)
+        kl.append((p.exp() * (d.expm1() - d)).sum(-1))
+    return torch.cat(kl).view(log_p.shape[:-1])
 
 
 @torch.inference_mode()
