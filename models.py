@@ -170,84 +170,6 @@ def propagate(key: Tensor, s: StepInputs) -> tuple[Tensor, Tensor]:
     return gain[..., 0], u[..., 0]
 
 
-def decayed_scores(x, log_x, ys: list[Tensor], log_y, diagonal: int) -> list[Tensor]:
-    """How much of what y wrote at token j is left when x looks for it at token i, for each y:
-
-        M_ij = Σ_c x_ic exp(log_x_ic − log_y_jc) y_jc        for j ≤ i + diagonal, else 0
-
-    x, y [..., C, K], logs [..., C, 1|K] -> [..., C, C]. Only differences of logs are exponentiated.
-    One decay per head leaves the sum. One per channel: both sides are measured from the middle of
-    the chunk (C ≤ 16 and a decay ≥ 0.545 a step stay far inside fp32).
-    """
-    if log_x.shape[-1] == 1:
-        decay = (log_x - log_y.mT).tril(diagonal).exp().tril(diagonal)
-        return [(x @ y.mT) * decay for y in ys]
-    middle = log_y[..., log_y.shape[-2] // 2, None, :]
-    x, grow = x * (log_x - middle).exp(), (middle - log_y).exp()
-    return [(x @ (y * grow).mT).tril(diagonal) for y in ys]
-
-
-def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | None = None):
-    """`recurrence`, same arguments and results, by matrix products over chunks of C tokens.
-
-    Let S be the state before a chunk, L the log decays summed from the chunk's start, and
-    w_t = S_{t-1}ᵀ erase_in_t what the erase of token t finds. Unrolled inside the chunk,
-
-        S_t = e^{L_t} S + Σ_{j≤t} e^{L_t − L_j} (k_j v_jᵀ − erase_out_j w_jᵀ)
-
-    Put that into the definition of w: each depends on those before it, a triangular system
-
-        (I + found_erased) w = found_writes v + e^{L_{t-1}} erase_in S
-
-    where `found` are the scores of erase_in against earlier tokens' erase_outs and keys. All else
-    is a product. chunk: C, by default 32 with one decay per head, 16 with one per channel.
-    """
-    if s.q.shape[1] == 1:
-        return recurrence(s, state)  # one token is the definition
-    check_shapes(s, state)
-    (B, T, H, K), V = s.q.shape, s.v.shape[-1]
-    C = min(T, chunk or (32 if s.log_decay.shape[-1] == 1 else 16))
-    N = -(-T // C)  # chunks; the last is padded with zeros: no change
-
-    def split(x: Tensor) -> Tensor:  # [B, T, H, ·] -> [N, B·H, C, ·]
-        if N * C > T:
-            x = F.pad(x, (0, 0, 0, 0, 0, N * C - T))
-        x = x.view(B, N, C, H, -1).permute(1, 0, 3, 2, 4)
-        return x.reshape(N, B * H, C, -1)
-
-    q, k = split(s.q), split(s.k)
-    v, log_decay = split(s.v), split(s.log_decay)
-    L = log_decay.cumsum(-2)  # [N, B·H, C, 1|K] with each token
-    end = L[:, :, -1:]  # [N, B·H, 1, 1|K] over the chunk
-    q_start = q * L.exp()  # as the chunk's first state is read
-    k_end = k * (end - L).exp()  # as its last state holds them
-    if s.erase_in is None:
-        (read_writes,) = decayed_scores(q, L, [k], L, 0)  # [N, B·H, C, C] of write j by query i
-    else:
-        erase_in, erase_out = split(s.erase_in), split(s.erase_out)
-        before = L - log_decay  # without each token
-        read_writes, read_erased = decayed_scores(q, L, [k, erase_out], L, 0)
-        found_writes, found_erased = decayed_scores(erase_in, before, [k, erase_out], L, -1)
-        found = found_writes @ v  # [N, B·H, C, V]
-        in_start = erase_in * before.exp()
-        out_end = erase_out * (end - L).exp()
-    S = v.new_zeros(B * H, K, V) if state is None else state.reshape(B * H, K, V)
-    decay, o = end.mT.exp(), read_writes @ v
-    outputs, add = [], torch.baddbmm  # add(a, b, c) is a + b @ c
-    for n in range(N):
-        o_n = add(o[n], q_start[n], S)  # [B·H, C, V]
-        S_n = add(decay[n] * S, k_end[n].mT, v[n])  # [B·H, K, V]
-        if s.erase_in is not None:
-            rhs = add(found[n], in_start[n], S)
-            w = torch.linalg.solve_triangular(found_erased[n], rhs, upper=False, unitriangular=True)
-            o_n = add(o_n, read_erased[n], w, alpha=-1)
-            S_n = add(S_n, out_end[n].mT, w, alpha=-1)
-        outputs.append(o_n)
-        S = S_n
-    o = torch.stack(outputs).view(N, B, H, C, V).permute(1, 0, 3, 2, 4)
-    return o.reshape(B, N * C, H, V)[:, :T], S.view(B, H, K, V)
-
-
 # ---- 2. An edit of the state ----
 class Edit(NamedTuple):
     """Add key valueᵀ to a head's state right after a token's write; (-k, v) takes it out."""
@@ -713,7 +635,87 @@ class LanguageModel(nn.Module):
         return torch.stack(tokens, 1), torch.stack(chosen_from, 1)
 
 
-# ==== The tutorial ends here. Below: checks, configs, checkpoints, tokenizers ====
+# ==== The tutorial ends here. Below: the recurrence by chunks, checks, checkpoints, tokenizers ====
+# ---- 6. The recurrence by chunks: the same results, in a few large products ----
+def decayed_scores(x, log_x, ys: list[Tensor], log_y, diagonal: int) -> list[Tensor]:
+    """How much of what y wrote at token j is left when x looks for it at token i, for each y:
+
+        M_ij = Σ_c x_ic exp(log_x_ic − log_y_jc) y_jc        for j ≤ i + diagonal, else 0
+
+    x, y [..., C, K], logs [..., C, 1|K] -> [..., C, C]. Only differences of logs are exponentiated.
+    One decay per head leaves the sum. One per channel: both sides are measured from the middle of
+    the chunk (C ≤ 16 and a decay ≥ 0.545 a step stay far inside fp32).
+    """
+    if log_x.shape[-1] == 1:
+        decay = (log_x - log_y.mT).tril(diagonal).exp().tril(diagonal)
+        return [(x @ y.mT) * decay for y in ys]
+    middle = log_y[..., log_y.shape[-2] // 2, None, :]
+    x, grow = x * (log_x - middle).exp(), (middle - log_y).exp()
+    return [(x @ (y * grow).mT).tril(diagonal) for y in ys]
+
+
+def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | None = None):
+    """`recurrence`, same arguments and results, by matrix products over chunks of C tokens.
+
+    Let S be the state before a chunk, L the log decays summed from the chunk's start, and
+    w_t = S_{t-1}ᵀ erase_in_t what the erase of token t finds. Unrolled inside the chunk,
+
+        S_t = e^{L_t} S + Σ_{j≤t} e^{L_t − L_j} (k_j v_jᵀ − erase_out_j w_jᵀ)
+
+    Put that into the definition of w: each depends on those before it, a triangular system
+
+        (I + found_erased) w = found_writes v + e^{L_{t-1}} erase_in S
+
+    where `found` are the scores of erase_in against earlier tokens' erase_outs and keys. All else
+    is a product. chunk: C, by default 32 with one decay per head, 16 with one per channel.
+    """
+    if s.q.shape[1] == 1:
+        return recurrence(s, state)  # one token is the definition
+    check_shapes(s, state)
+    (B, T, H, K), V = s.q.shape, s.v.shape[-1]
+    C = min(T, chunk or (32 if s.log_decay.shape[-1] == 1 else 16))
+    N = -(-T // C)  # chunks; the last is padded with zeros: no change
+
+    def split(x: Tensor) -> Tensor:  # [B, T, H, ·] -> [N, B·H, C, ·]
+        if N * C > T:
+            x = F.pad(x, (0, 0, 0, 0, 0, N * C - T))
+        x = x.view(B, N, C, H, -1).permute(1, 0, 3, 2, 4)
+        return x.reshape(N, B * H, C, -1)
+
+    q, k = split(s.q), split(s.k)
+    v, log_decay = split(s.v), split(s.log_decay)
+    L = log_decay.cumsum(-2)  # [N, B·H, C, 1|K] with each token
+    end = L[:, :, -1:]  # [N, B·H, 1, 1|K] over the chunk
+    q_start = q * L.exp()  # as the chunk's first state is read
+    k_end = k * (end - L).exp()  # as its last state holds them
+    if s.erase_in is None:
+        (read_writes,) = decayed_scores(q, L, [k], L, 0)  # [N, B·H, C, C] of write j by query i
+    else:
+        erase_in, erase_out = split(s.erase_in), split(s.erase_out)
+        before = L - log_decay  # without each token
+        read_writes, read_erased = decayed_scores(q, L, [k, erase_out], L, 0)
+        found_writes, found_erased = decayed_scores(erase_in, before, [k, erase_out], L, -1)
+        found = found_writes @ v  # [N, B·H, C, V]
+        in_start = erase_in * before.exp()
+        out_end = erase_out * (end - L).exp()
+    S = v.new_zeros(B * H, K, V) if state is None else state.reshape(B * H, K, V)
+    decay, o = end.mT.exp(), read_writes @ v
+    outputs, add = [], torch.baddbmm  # add(a, b, c) is a + b @ c
+    for n in range(N):
+        o_n = add(o[n], q_start[n], S)  # [B·H, C, V]
+        S_n = add(decay[n] * S, k_end[n].mT, v[n])  # [B·H, K, V]
+        if s.erase_in is not None:
+            rhs = add(found[n], in_start[n], S)
+            w = torch.linalg.solve_triangular(found_erased[n], rhs, upper=False, unitriangular=True)
+            o_n = add(o_n, read_erased[n], w, alpha=-1)
+            S_n = add(S_n, out_end[n].mT, w, alpha=-1)
+        outputs.append(o_n)
+        S = S_n
+    o = torch.stack(outputs).view(N, B, H, C, V).permute(1, 0, 3, 2, 4)
+    return o.reshape(B, N * C, H, V)[:, :T], S.view(B, H, K, V)
+
+
+# ---- 7. Checks: is it the shape that it should be? ----
 def check_shapes(s: StepInputs, state: Tensor | None):
     """Raise InputError with the likely mistake if the six tensors do not fit together."""
     (B, T, H, K), V = s.q.shape, s.v.shape[-1]
@@ -746,7 +748,7 @@ def whole_ratio(a: int, b: int) -> int:
     return a // b
 
 
-# ---- 6. Models from configs: what comes from outside passes through `reading` and `number` ----
+# ---- 8. Models from configs: what comes from outside passes through `reading` and `number` ----
 @contextlib.contextmanager
 def reading(path: str, advice: str = "is the download complete?"):
     """Whatever a parser raises at a file that is not what it should be, as one InputError."""
@@ -852,7 +854,7 @@ def build(config: dict) -> LanguageModel:
         return LanguageModel(architecture, vocab, D, *blocks_of(config, D), tied=tied)
 
 
-# ---- 7. Checkpoints: every layout of the hub ends here ----
+# ---- 9. Checkpoints: every layout of the hub ends here ----
 #: Beginnings of names, ours and the checkpoints': the model's, and those inside a block.
 HUB_NAMES = {
     "gdn": {
@@ -1081,7 +1083,7 @@ def save(model: LanguageModel, config: dict, folder: str, dtype: torch.dtype = t
     write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=1))
 
 
-# ---- 8. Text in and out, through the checkpoint's own tokenizer ----
+# ---- 10. Text in and out, through the checkpoint's own tokenizer ----
 class Tokenizer(NamedTuple):
     """Two functions."""
     encode: Callable[[str], list[int]]  # text -> ids, no special tokens added

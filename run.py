@@ -368,15 +368,16 @@ class Experiment(NamedTuple):
     passages: tuple[int, int] = (176, 12)  # how many are tested, and with --quick
     needs_sae: bool = True
     draw: Callable | None = None  # (results, tables): the picture of --plot
-    all_cells: Callable | None = None  # results -> lines about many cells
+    above: Callable | None = None  # figures of a cell -> lines above its rows
+    all_cells: Callable | None = None  # results of many cells -> lines about them together
 
 
 class TablePrinter:
-    """Rows under headings, printed as soon as they are there; columns are as wide as the first
-    need."""
+    """An experiment's rows under its legend and headings, printed as soon as they are there;
+    columns are as wide as the first need."""
 
-    def __init__(self, columns: dict[str, str]):
-        self.columns, self.widths = columns, None
+    def __init__(self, experiment: Experiment):
+        self.experiment, self.columns, self.widths = experiment, experiment.columns, None
 
     def fields(self, row: dict) -> list[str]:
         """The texts of one row; "-" where it lacks what a format string names, or it is NaN."""
@@ -389,7 +390,18 @@ class TablePrinter:
             texts.append("-" if "nan" in text else text)
         return texts
 
-    def print(self, row: dict):
+    def cell(self, results: list[dict]):
+        """What there is to say of one cell."""
+        rows = self.experiment.rows(results)
+        if rows and self.widths is None:
+            print(self.experiment.legend + "\n")
+        above = self.experiment.above and self.experiment.above(results)
+        if above:
+            print(above)
+        for row in rows:
+            self.row(row)
+
+    def row(self, row: dict):
         """One row, under the headings if it is the first."""
         fields = self.fields(row)
         if self.widths is None:
@@ -411,14 +423,13 @@ class TablePrinter:
         return "".join("| " + " | ".join(line) + " |\n" for line in safe)
 
 
-def about_cells(experiment: Experiment, results: list[dict]) -> str:
+def about_cells(experiment: Experiment, cells: list[list[dict]]) -> str:
     """Lines about many cells together, where there are many."""
-    if experiment.all_cells is None or len(results) <= len(EMBEDDED):
-        return ""
-    return experiment.all_cells(results)
+    many = experiment.all_cells is not None and len(cells) > len(EMBEDDED)
+    return experiment.all_cells([r for results in cells for r in results]) if many else ""
 
 
-def write_section(args, experiment, results: list[dict], rows: list[dict]):
+def write_section(args, experiment: Experiment, cells: list[list[dict]]):
     """Write a table into the file of --markdown, under the command: its section is replaced if
     there is one of this title, else added at the end. The rest of the file stays. Of many cells
     only the first row each stands there, and what holds for all of them together."""
@@ -428,11 +439,12 @@ def write_section(args, experiment, results: list[dict], rows: list[dict]):
             text = f.read()
     first, *sections = text.split("\n## ")
     kept = [section for section in sections if section.splitlines()[0] != args.title]
-    together = about_cells(experiment, results)
-    if together:
-        rows = [row for row in rows if not row["name"].startswith(" ")]
-    table = TablePrinter(experiment.columns).markdown(rows)
-    kept.append(f"{args.title}\n\n```\n{experiment.legend}\n{together}\n```\n\n{table}")
+    together = about_cells(experiment, cells)
+    rows = [experiment.rows(results)[: 1 if together else None] for results in cells]
+    above = [experiment.above(results) for results in cells if experiment.above]
+    said = "\n\n".join(t.strip() for t in [experiment.legend, together, *above] if t)
+    table = TablePrinter(experiment).markdown(sum(rows, []))
+    kept.append(f"{args.title}\n\n```\n{said}\n```\n\n{table}")
     write_text(args.markdown, "\n## ".join([first, *kept]))
 
 
@@ -494,67 +506,57 @@ def open_cells(args, n: int):
         yield cell, corpus
 
 
-def run_experiment(args) -> int:
-    """Any experiment: for each cell its figures; then the table, JSON, records, a picture."""
-    experiment = EXPERIMENTS[args.command]
-    print(experiment.legend + "\n")
-    printer, shares = TablePrinter(experiment.columns), []
-    if args.results:
-        return print_results(experiment, printer, args)
+def measure_cells(experiment: Experiment, args):
+    """Yield for each cell its name, its figures and its table."""
     for cell, corpus in open_cells(args, args.passages or experiment.passages[args.quick]):
         if experiment.needs_sae:
             cell = cell._replace(sae=find_sae(cell, corpus, args))
-        what, text = f"{args.command} {cell_name(cell)}", args.text or "held-out text"
-        say(
-            f"{what}: {len(cell.tokens)} passages of {text}, {cell.tokens.device}, seed {args.seed}"
-        )
+        text, where = args.text or "held-out text", f"{cell.tokens.device}, seed {args.seed}"
+        say(f"{args.command} {cell_name(cell)}: {len(cell.tokens)} passages of {text}, {where}")
         began, name = time.time(), dict(model=cell.model.name, layer=cell.layer, head=cell.head)
         figures, table = experiment.measure(cell, corpus, args)
         results = [name | f for f in (figures if isinstance(figures, list) else [figures])]
         results[0]["seconds"] = round(time.time() - began, 1)
-        shares.append((name, results, table))
-        for row in experiment.rows(results) if world() == 1 else []:
-            printer.print(row)
+        yield name, results, table
+
+
+def saved_cells(args):
+    """Yield the same of what --json wrote earlier, without the tables. Raises InputError."""
+    cells = {}
+    with models.reading(args.results, "give a file that --json of this command wrote"):
+        with open(args.results, encoding="utf-8") as f:
+            for r in json.load(f):
+                cells.setdefault((r["model"], r["layer"], r["head"]), []).append(r)
+        for (model, layer, head), results in cells.items():
+            EXPERIMENTS[args.command].rows(results)
+            yield dict(model=model, layer=layer, head=head), results, {}
+
+
+def run_experiment(args) -> int:
+    """Any experiment: for each cell its figures; then the table, JSON, records, a picture."""
+    experiment = EXPERIMENTS[args.command]
+    printer, shares = TablePrinter(experiment), []
+    for share in saved_cells(args) if args.results else measure_cells(experiment, args):
+        shares.append(share)
+        if world() == 1:
+            printer.cell(share[1])
     shares = gathered(shares)
     if shares:
         finish(experiment, printer, shares, args)
     return 0
 
 
-def print_results(experiment: Experiment, printer: TablePrinter, args) -> int:
-    """Print what an earlier --json wrote, cell by cell, and write its table for --markdown."""
-    cells, rows = {}, []
-    with models.reading(args.results, "give a file that --json of this command wrote"):
-        with open(args.results, encoding="utf-8") as f:
-            everything = json.load(f)
-        for r in everything:
-            cells.setdefault((r["model"], r["layer"], r["head"]), []).append(r)
-        for results in cells.values():
-            rows += experiment.rows(results)
-    for row in rows:
-        printer.print(row)
-    print(about_cells(experiment, everything), end="")
-    if args.markdown:
-        write_section(args, experiment, everything, rows)
-    if args.plot:
-        drawn = args.command in ("compare", "steer")
-        require(drawn, f"the picture of {args.command} needs a point per firing: measure again")
-        save_figure(experiment.draw(everything, []), args.plot)
-    return 0
-
-
 def finish(experiment: Experiment, printer: TablePrinter, shares: list, args):
     """What comes after the last cell: lines over all of them, JSON, records, the picture."""
-    everything = [figures for _, results, _ in shares for figures in results]
-    for _, results, _ in shares if world() > 1 else []:
-        for row in experiment.rows(results):
-            printer.print(row)
-    print(about_cells(experiment, everything), end="")
+    cells = [results for _, results, _ in shares]
+    for results in cells if world() > 1 else []:
+        printer.cell(results)
+    print(about_cells(experiment, cells), end="")
+    everything = [r for results in cells for r in results]
     if args.json:
         write_text(args.json, json.dumps(no_nan(everything), indent=1))
     if args.markdown:
-        rows = [row for _, results, _ in shares for row in experiment.rows(results)]
-        write_section(args, experiment, everything, rows)
+        write_section(args, experiment, cells)
     if args.records:
         write_text(args.records, "".join(json_lines(name, table) for name, _, table in shares))
     if args.plot:
@@ -564,16 +566,15 @@ def finish(experiment: Experiment, printer: TablePrinter, shares: list, args):
 COLOURS = ("#0072B2", "#D55E00", "#009E73")  # safe for the colour-blind
 
 
-def panels(n: int, width: float = 4.2, height: float = 3.6):
-    """A figure with n panels side by side, drawn to a file."""
+def panels(rows: int, columns: int, width: float = 4.2, height: float = 3.6):
+    """A figure, drawn to a file, and its panels, by rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = (width * n, height)
-    figure, axes = plt.subplots(1, n, figsize=size, constrained_layout=True, squeeze=False)
-    return figure, axes[0]
+    size = (width * columns, height * rows)
+    return plt.subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False)
 
 
 def save_figure(figure, path: str, dpi: int = 110):
@@ -656,7 +657,8 @@ ten after it.  firing: the dominant atom explains half of the write's energy or 
 cover: their share of all positions.  win: share of firings where the effect is smaller than with
 nothing in the write's place [95 %, by whole files].  all: over every position, firing or not.
 recovered: 1 − Σ effect / Σ effect of nothing.  untrained writes: as many random training writes as
-atoms.  random direction: at its own best coefficient; wins half the time, so a win means little."""
+atoms: what is won without learning.  random direction: a random rank-1 matrix, at the size that
+brings it nearest to the write: what is won by chance."""
 REPLACE_COLUMNS = {
     "cell               ": "{name:19}",
     "     n": "{n_firings:,}",
@@ -669,21 +671,22 @@ REPLACE_COLUMNS = {
 
 def draw_replace(results: list[dict], tables: list[Table]):
     """A panel per cell: the effect with the atom against the effect with nothing, a point per
-    firing; the untrained dictionary's firings beside them."""
-    figure, axes = panels(len(results))
+    firing, and the share below the line, which are wins; the untrained dictionary's beside it."""
+    figure, (axes,) = panels(1, len(results))
     labels = dict(untrained="untrained writes", atom="trained atoms")
     for axis, r, table in zip(axes, results, tables):
         delete = writesae.effect(table, "delete")
         for name, colour in dict(untrained=COLOURS[1], atom=COLOURS[0]).items():
             here = writesae.fires(table, name, r["cosine_min"])
-            label = f"{labels[name]}: {int(here.sum()):,}"
-            dots(axis, delete[here], writesae.effect(table, name)[here], label, colour)
+            x, y = delete[here], writesae.effect(table, name)[here]
+            label = f"{labels[name]}: {mean(y < x):.1%} of {len(x):,} below the line"
+            dots(axis, x, y, label, colour)
         low, high = 1e-7, delete.max().item()
         axis.plot([low, high], [low, high], color="black", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low / 100, high))
         axis.set_xlabel("effect with nothing in the write's place (nats)")
-        axis.set_title("{}: {win_rate:.1%} below the line".format(cell_title(r), **r))
-        axis.legend(markerscale=4, fontsize=8, loc="upper left")
+        axis.set_title(cell_title(r))
+        axis.legend(markerscale=4, fontsize=7, loc="upper left")
     axes[0].set_ylabel("effect with the atom there (nats)")
     return figure
 
@@ -738,24 +741,22 @@ FORMULA_COLUMNS = {
 
 
 def draw_formula(results: list[dict], tables: list[Table]):
-    """A panel per cell: predicted against measured for three rungs of the swap."""
-    figure, axes = panels(len(results))
-    names = list(writesae.RUNGS)
-    for axis, r, table in zip(axes, results, tables):
-        measured = table["measured_swap"].flatten()
-        limit = measured.abs().quantile(0.995).item()
-        for name in ("three factors, fitted", "direct path", "full Jacobian"):
-            i = names.index(name)
-            predicted, label = (
-                table["predicted_swap"][:, i],
-                f"{name}: R² {r['rungs'][i]['r2']:.2f}",
-            )
-            dots(axis, predicted.flatten(), measured, label)
-        axis.axline((0, 0), slope=1, color="black", linewidth=0.7)
-        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xlabel="predicted (nats)")
-        axis.set_title(f"{cell_title(r)}, {r['n_firings']} firings")
-        axis.legend(fontsize=7, markerscale=4)
-    axes[0].set_ylabel("measured change of the logit (nats)")
+    """A column per cell, a row per rung: what it predicts of the swap against what is measured."""
+    names = ("three factors, fitted", "direct path", "full Jacobian")
+    figure, axes = panels(len(names), len(results), height=2.6)
+    for row, name in zip(axes, names):
+        row[0].set_ylabel(f"{name}\nmeasured (nats)")
+        i = list(writesae.RUNGS).index(name)
+        for axis, r, table in zip(row, results, tables):
+            measured = table["measured_swap"].flatten()
+            predicted = table["predicted_swap"][:, i].flatten()
+            dots(axis, predicted, measured, name, COLOURS[0])
+            limit = measured.abs().quantile(0.995).item()
+            axis.axline((0, 0), slope=1, color="black", linewidth=0.7)
+            axis.set(xlim=(-limit, limit), ylim=(-limit, limit))
+            axis.set_title(f"{cell_title(r)}: R² {r['rungs'][i]['r2']:.2f}", fontsize=10)
+    for axis, r in zip(axes[-1], results):
+        axis.set_xlabel(f"predicted (nats), {r['n_firings']} firings")
     return figure
 
 
@@ -862,14 +863,20 @@ def show(cell: Cell, corpus: Corpus, args):
     return figures | dict(p_target=after["log_p"][0].exp().tolist()), after
 
 
+def steer_shown(results: list[dict]) -> str:
+    """What `show` found, in lines."""
+    r = results[0]
+    if "texts" not in r:
+        return ""
+    lines = [SHOWN.format(**r)] + [f"  {name:8} {text!r}" for name, text in r["texts"].items()]
+    chances = " ".join(f"{p:.2f}" for p in r["p_target"])
+    return "\n".join([*lines, f"  p(target) at each step of kept: {chances}"])
+
+
 def steer_rows(results: list[dict]) -> list[dict]:
-    """No edit, a random one, then a row per edit; of `show` a few lines instead."""
+    """No edit, a random one, then a row per edit; of `show` none."""
     first = results[0]
     if "texts" in first:
-        print(SHOWN.format(**first))
-        for name, text in first["texts"].items():
-            print(f"  {name:8} {text!r}")
-        print("  p(target) at each step of kept:", *(f"{p:.2f}" for p in first["p_target"]))
         return []
 
     def control(r: dict, kind: str) -> dict:
@@ -921,16 +928,18 @@ def draw_steer(results: list[dict], tables: list[Table]):
     """A panel per model, persistence against size: of each value side, by how much all states move;
     of --smallest the share of search targets that persist, against the budget."""
     names = dict.fromkeys(r["model"] for r in results)
-    figure, axes = panels(len(names))
+    figure, (axes,) = panels(1, len(names))
     for axis, model in zip(axes, names):
         for r in [r for r in results if r["model"] == model]:
             if r["budget"]:
                 rates = {float(budget): rate for budget, rate in r["search_rates"].items()}
                 axis.plot(rates.keys(), rates.values(), "o-", label=f"{r['key']} key")
-                axis.set(xlabel="budget of all edits, in native writes", title=model)
+                axis.set(xlabel="budget of all edits, in native writes")
+                axis.set(title=f"{model}, {r['n_search']} pairs")
             else:
                 axis.plot(r["size"], r["strata"][0]["persists_rate"], "o", label=r["value"])
-                axis.set(xlabel="change of all states, over their norm", title=model)
+                axis.set(xlabel="change of all states, over their norm")
+                axis.set(title=f"{model}, {r['strata'][0]['n_pairs']} pairs")
         axis.set(ylim=(0, 1.05))
         axis.legend(fontsize=8, loc="lower right")
     axes[0].set_ylabel("targets that persist")
@@ -1043,10 +1052,14 @@ def describe(cell: Cell, corpus: Corpus, at: Table, lost: Tensor) -> dict:
     )
 
 
+def atoms_population(results: list[dict]) -> str:
+    """The lines about all atoms of a cell."""
+    r = results[0]
+    return POPULATION.format(**r | r["population"] | r["passage_test"])
+
+
 def atoms_rows(results: list[dict]) -> list[dict]:
-    """A row per atom, then its contexts; the population before them."""
-    head = results[0]
-    print(POPULATION.format(**head | head["population"] | head["passage_test"]))
+    """A row per atom, then its contexts."""
     rows = []
     for r in results:
         pairs = zip(r["promoted"], r["promoted_nats"])
@@ -1057,14 +1070,15 @@ def atoms_rows(results: list[dict]) -> list[dict]:
 
 
 POPULATION = """\
-{model} L{layer}H{head}: {n_firings:,} firings of {n_atoms:,} atoms in {n_passages} passages. Atoms
-with five firings or more hold {often_share:.0%} of them; on average {token_purity:.0%} of such an
-atom's firings are on its most frequent token.
-cosine with the writes, two Gaussians: {groups[n][0]} atoms at {groups[mean][0]:.2f} ±
+{model} L{layer}H{head}: {n_firings:,} firings of {n_atoms:,} atoms in {n_passages} passages
+  atoms with five firings or more: {often_share:.0%} of all firings; of such an atom's firings
+  {token_purity:.0%} are on its most frequent token, on average
+  cosines with the writes as two Gaussians: {groups[n][0]} atoms at {groups[mean][0]:.2f} ± \
 {groups[deviation][0]:.2f}, {groups[n][1]} at {groups[mean][1]:.2f} ± {groups[deviation][1]:.2f};
-ΔBIC {groups[delta_bic]:+.0f} (below 0: two Gaussians fit better than one, their parameters counted)
-all firings of a passage at once ({firings:.0f} of them), bits per token: unmodified
-{bits_native:.3f}, their atoms {bits_atom:.3f}, deleted {bits_delete:.3f}, random writes
+  ΔBIC {groups[delta_bic]:+.0f} (below 0: they fit better than one, their parameters counted)
+  bits per token with all firings of a passage ({firings:.0f}) as they are {bits_native:.3f}, \
+replaced by
+  their atoms {bits_atom:.3f}, deleted {bits_delete:.3f}, replaced by random writes \
 {bits_random:.3f}
 """
 ATOMS_LEGEND = """\
@@ -1087,7 +1101,7 @@ ATOMS_COLUMNS = {
 def draw_atoms(results: list[dict], tables: list[Table]):
     """How many atoms are token lookups: of the atoms with five firings or more, the share of their
     firings on their most frequent token, a line per model."""
-    figure, (axis,) = panels(1, 6.5)
+    figure, ((axis,),) = panels(1, 1, 6.5)
     for model, table, colour in zip(dict.fromkeys(r["model"] for r in results), tables, COLOURS):
         fires = (table["a"] > 0) & (table["cosine"] >= COSINE_MIN)
         _, uses, share = writesae.token_shares(some_rows(table, fires))
@@ -1269,7 +1283,7 @@ COMPARE_COLUMNS = {
 def draw_compare(results: list[dict], tables: list[Table]):
     """Recovered share of all effects, and coverage, against the number of atoms (or of active
     ones)."""
-    figure, axes = panels(2)
+    figure, (axes,) = panels(1, 2, 5)
     key, value, number = "n_atoms", "recovered_pooled_all", "atoms"
     if results[0]["what"] == "active":
         key, value, number = "active", "whole_recovered_all", "active atoms"
@@ -1280,9 +1294,9 @@ def draw_compare(results: list[dict], tables: list[Table]):
                 x, y = [r[key] for r in rows], [r[what] for r in rows]
                 label = model if trained else model + ", untrained"
                 axis.plot(x, y, line, color=colour, markersize=4, label=label)
-    for axis, title in zip(axes, ("recovered, all positions", "coverage")):
-        axis.set(xscale="log", xlabel=number, title=title)
-    axes[0].legend(fontsize=8)
+    for axis, title in zip(axes, ("share of all effects recovered", "coverage")):
+        axis.set(xscale="log", xlabel=number, ylabel=title)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     return figure
 
 
@@ -1299,10 +1313,25 @@ EXPERIMENTS = {
         formula, FORMULA_COLUMNS, formula_rows, FORMULA_LEGEND, (100, 8), draw=draw_formula
     ),
     "steer": Experiment(
-        steer, STEER_COLUMNS, steer_rows, STEER_LEGEND, (40, 8), needs_sae=False, draw=draw_steer
+        steer,
+        STEER_COLUMNS,
+        steer_rows,
+        STEER_LEGEND,
+        (40, 8),
+        needs_sae=False,
+        draw=draw_steer,
+        above=steer_shown,
     ),
     "erase": Experiment(erase, ERASE_COLUMNS, erase_rows, ERASE_LEGEND, (1600, 240)),
-    "atoms": Experiment(atoms, ATOMS_COLUMNS, atoms_rows, ATOMS_LEGEND, (400, 60), draw=draw_atoms),
+    "atoms": Experiment(
+        atoms,
+        ATOMS_COLUMNS,
+        atoms_rows,
+        ATOMS_LEGEND,
+        (400, 60),
+        draw=draw_atoms,
+        above=atoms_population,
+    ),
     "compare": Experiment(
         compare, COMPARE_COLUMNS, list, COMPARE_LEGEND, (60, 12), needs_sae=False, draw=draw_compare
     ),
@@ -1591,23 +1620,22 @@ BENCH = Experiment(bench_rows, BENCH_COLUMNS, list, BENCH_LEGEND)
 @torch.no_grad()
 def bench(args) -> int:
     """Print every row as soon as it is measured."""
-    print(BENCH.legend + "\n")
     say(f"bench: {torch.get_num_threads()} threads, {pick_device(args.device)}, seed 0")
-    rows, printer = [], TablePrinter(BENCH.columns)
+    rows, printer = [], TablePrinter(BENCH)
     for what in bench_rows(args):
         rows.append(measured(args, *what))
-        printer.print(rows[-1])
+        printer.cell(rows[-1:])
     if args.json:
         write_text(args.json, json.dumps(rows, indent=1))
     if args.markdown:
-        write_section(args, BENCH, rows, rows)
+        write_section(args, BENCH, [rows])
     return 0
 
 
 # ---- picture: the method in one drawing ----------------------------------------------------------
 def picture(args) -> int:
     """Draw the method: a write, an atom, the swap, the reads, KL."""
-    figure, (axis,) = panels(1, 9, 3.1)
+    figure, ((axis,),) = panels(1, 1, 9, 3.1)
     axis.set(xlim=(0, 16), ylim=(0, 5.2))
     axis.axis("off")
     blue, orange, _ = COLOURS
@@ -1888,7 +1916,7 @@ OPTIONS = {  # each option once; the commands below name those that they take
         default="fp32", choices=["fp32", "bf16"], help="of the weights; recurrence and KL are fp32"
     ),
     "text": dict(metavar="FILE|FOLDER", help="test on this text, not the held-out one"),
-    "passages": dict(type=positive, help="number of test passages or prompts"),
+    "passages": dict(type=positive, help="how many test passages or prompts"),
     "json": dict(metavar="FILE", help="write the results there"),
     "records": dict(metavar="FILE", help="write one JSON line per tested thing there"),
     "plot": dict(metavar="FILE.png", help="draw the picture there"),
@@ -1898,7 +1926,7 @@ OPTIONS = {  # each option once; the commands below name those that they take
     "saes": dict(
         metavar="FOLDER|HUB_ID", help="look for SAEs, and keep new ones, there, not by the model"
     ),
-    "atoms": dict(type=positive, help="an SAE of this many atoms"),
+    "atoms": dict(type=positive, help="an SAE of this many atoms (default 16384; of states 2048)"),
     "source": dict(
         default="write", choices=list(SAE_DEFAULTS), help="what is coded (state: as in the paper)"
     ),
@@ -1962,6 +1990,10 @@ def make_parser() -> Parser:
     for name, (_, options, example) in COMMANDS.items():
         p = commands.add_parser(name, epilog=f"example: python run.py {name} {example}")
         for option, settings in OPTIONS.items():
+            if option == "passages" and name in EXPERIMENTS:
+                many, few = EXPERIMENTS[name].passages
+                said = f"{settings['help']} (default {many}; with --quick {few})"
+                settings = settings | dict(help=said)
             if option in options.split():
                 p.add_argument("--" + option, **settings)
             else:
@@ -1988,13 +2020,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         require(one, "steer takes one cell; --reach layer and --reach all edit more than one")
         if args.smallest and args.passages is None:
             args.passages = 24 if args.quick else 120
+    needs = bool(args.records or (args.plot and args.command not in ("compare", "steer")))
+    again = "these results hold no point per firing: measure again for --records or this --plot"
+    require(not (args.results and needs), again)
     drawn = args.command not in EXPERIMENTS or EXPERIMENTS[args.command].draw
     require(drawn or not args.plot, f"{args.command} draws no picture; leave --plot out")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0, or 2 after one line on stderr, or 130 after Ctrl-C."""
+    """Run a command; 0, or 2 after one line on stderr, or 130 after Ctrl-C, or 1 where whatever
+    reads our stdout has gone (as after `| head`)."""
     try:
         args = parse(argv)
         return COMMANDS[args.command][0](args)
@@ -2004,6 +2040,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # so that no more is written there at the exit
+        return 1
 
 
 if __name__ == "__main__":

@@ -79,6 +79,11 @@ def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def text_of(*path: str) -> str:
+    with open(os.path.join(HERE, *path), encoding="utf-8") as f:
+        return f.read()
+
+
 def random_steps(kind: str, seed: int, B=2, T=20, H=3, K=6, V=4) -> StepInputs:
     """Six tensors as the architecture `kind` makes them."""
     g = rng(seed)
@@ -89,7 +94,9 @@ def random_steps(kind: str, seed: int, B=2, T=20, H=3, K=6, V=4) -> StepInputs:
     if kind == "mamba2":
         return StepInputs(q, k, v, log_decay)
     if kind == "gdn":
-        return StepInputs(q, unit, share * v, log_decay, unit, log_decay.exp() * share * unit)
+        return StepInputs(
+            q, unit, share * v, log_decay, unit, log_decay.exp() * share * unit
+        )
     log_decay = -math.exp(-0.5) * torch.rand(B, T, H, K, generator=g)
     return StepInputs(q, k, v, log_decay, unit, shares * unit)
 
@@ -153,7 +160,9 @@ def tiny_model(kind: str, seed: int = 0) -> LanguageModel:
     for i in range(3):
         mixer = RWKV7(32, 4, 8, 6, ranks, i == 0, 1e-4)
         blocks.append(Block(mixer, norm(32), ChannelMix(32, 48), norm(32)))
-    return shake(LanguageModel("rwkv7", 61, 32, blocks, norm(32), norm(32), tied=False), seed)
+    return shake(
+        LanguageModel("rwkv7", 61, 32, blocks, norm(32), norm(32), tied=False), seed
+    )
 
 
 def random_tokens(seed: int, B=2, T=40, vocab=61) -> torch.Tensor:
@@ -186,7 +195,9 @@ def test_recurrence_of_two_tokens_by_hand():
     # 0.5 S − (0.25, 0)ᵀ (2, 4, 6) = [[0.5, 1, 1.5], [0, 0, 0]], plus [[0, 0, 0], [1, 0, 1]]
     expected = torch.tensor([[0.5, 1, 1.5], [1, 0, 1]])
     assert_close(S[0, 0], expected, msg="did you forget to decay before you write?")
-    assert_close(o[0, 1, 0], torch.tensor([1.5, 1, 2.5]), msg="reads come after the write: o = Sᵀq")
+    assert_close(
+        o[0, 1, 0], torch.tensor([1.5, 1, 2.5]), msg="reads come after the write: o = Sᵀq"
+    )
 
 
 def close(a: torch.Tensor, b: torch.Tensor, hint: str, atol=1e-4):
@@ -219,7 +230,11 @@ def test_chunks_and_splits_give_the_recurrence(kind, seed, T, K, V, chunk, with_
     if cut:
         a, middle = recurrence_chunked(s.times(0, cut), start)
         b, end = recurrence_chunked(s.times(cut, T), middle)
-        close(torch.cat([a, b], 1), o, "did you start the second part from the first one's state?")
+        close(
+            torch.cat([a, b], 1),
+            o,
+            "did you start the second part from the first one's state?",
+        )
         close(end, S, "did padding after the last chunk change the state?")
 
 
@@ -272,6 +287,26 @@ def test_an_edit_stays_rank_one_and_propagate_follows_it(kind, seed, T, K, V):
     )
 
 
+def test_propagate_by_hand():
+    """Under (1, 1): read whole; then halved, less ¼ of what lay along (1, 0); then halved."""
+    q = torch.tensor([[1.0, 2], [1, 2], [1, 2]])[None, :, None]
+    erase = torch.tensor([[0.0, 0], [1, 0], [0, 0]])[None, :, None]
+    s = StepInputs(
+        q, 9 * q, 9 * q, torch.full((1, 3, 1, 1), math.log(0.5)), erase, erase / 4
+    )
+    gain_and_key = propagate(torch.tensor([[[1.0, 1]]]), s)
+    assert (
+        gain_and_key is not None
+    ), "propagate returns the gain of each read and the last key"
+    gain, key = gain_and_key
+    assert_close(
+        gain[0, :, 0], torch.tensor([3, 1.25, 0.625]), msg="u_t = A_t u_{t-1}, from u = key"
+    )
+    assert_close(
+        key[0, 0], torch.tensor([0.125, 0.25]), msg="decay and erase move u; k, v do not"
+    )
+
+
 def test_wrong_shapes_are_named():
     s = random_steps("gdn", 0)
     heads_first = s._replace(v=s.v.transpose(1, 2))
@@ -308,7 +343,9 @@ def numpy_gdn(p, h, m):
         c = silu(sum(p["conv1d.weight"][:, 0, i] * past[-4 + i] for i in range(4)))
         q, k, v = np.split(c, [m.key_heads * m.K, 2 * m.key_heads * m.K])
         z, beta = p["in_proj_z.weight"] @ x, sigmoid(p["in_proj_b.weight"] @ x)
-        alpha = np.exp(-np.exp(p["A_log"]) * softplus(p["in_proj_a.weight"] @ x + p["dt_bias"]))
+        alpha = np.exp(
+            -np.exp(p["A_log"]) * softplus(p["in_proj_a.weight"] @ x + p["dt_bias"])
+        )
         y = []
         for j in range(m.heads):
             g = j // (m.heads // m.key_heads)
@@ -387,7 +424,9 @@ def test_each_adapter_is_its_equations(kind):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_with_its_scale_held_fixed_the_output_is_linear_in_o_through_the_gate(kind, monkeypatch):
+def test_with_its_scale_held_fixed_the_output_is_linear_in_o_through_the_gate(
+    kind, monkeypatch
+):
     """output(o + d) − output(o) = W_out(gate · scale · d) (RWKV-7: d without its mean)."""
     mixer, g = tiny_model(kind).layers[0].mixer, rng(5)
     s, rest, _ = mixer.inputs(torch.randn(1, 7, 32, generator=g), {})
@@ -437,14 +476,18 @@ def as_multimodal_shards(folder):
     config, tensors of other modules beside."""
     tensors = load_file(folder / "model.safetensors")
     os.remove(folder / "model.safetensors")
-    tensors = {n.replace("model.", "model.language_model.", 1): x for n, x in tensors.items()}
+    tensors = {
+        n.replace("model.", "model.language_model.", 1): x for n, x in tensors.items()
+    }
     tensors |= {"model.visual.patch.weight": torch.zeros(3), "mtp.fc.weight": torch.zeros(3)}
     names, weight_map = sorted(tensors), {}
     for i in range(2):
         file = f"model.safetensors-0000{i + 1}-of-00002.safetensors"
         save_file({n: tensors[n] for n in names[i::2]}, folder / file)
         weight_map |= {n: file for n in names[i::2]}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map})
+    )
     text = json.loads((folder / "config.json").read_text())
     tied = text["tie_word_embeddings"]
     outer = dict(model_type="qwen3_5", tie_word_embeddings=tied, text_config=text)
@@ -511,7 +554,9 @@ def test_transformers_opens_the_embedded_models(name):
     model = load(folder)
     tokens = random_tokens(5, T=60, vocab=model.vocab)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert_close(model(tokens)[0], theirs(tokens).logits.detach(), atol=1e-3, rtol=0)  # std: 4
+    assert_close(
+        model(tokens)[0], theirs(tokens).logits.detach(), atol=1e-3, rtol=0
+    )  # std: 4
 
 
 # --------------------------------------------------------------------------------------------------
@@ -530,7 +575,9 @@ def test_any_split_with_a_cache_gives_the_whole(kind, seed, pieces):
         before = [{n: x.clone() for n, x in layer.items()} for layer in cache.layers]
         logits, new = model(piece, cache)
         for layer, old in zip(cache.layers, before):  # nothing passed in is changed
-            assert all(torch.equal(layer[n], x) for n, x in old.items()) and len(layer) == len(old)
+            assert all(torch.equal(layer[n], x) for n, x in old.items()) and len(
+                layer
+            ) == len(old)
         cache = new
         parts.append(logits)
     assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-5)
@@ -559,7 +606,9 @@ def test_the_past_does_not_see_the_future(kind):
     other = tokens.clone()
     other[:, 20:] = (other[:, 20:] + 1) % 61
     mixer, g = model.layers[1].mixer, rng(1)
-    edit = Edit(1, 2, 20, torch.randn(mixer.K, generator=g), torch.randn(mixer.V, generator=g))
+    edit = Edit(
+        1, 2, 20, torch.randn(mixer.K, generator=g), torch.randn(mixer.V, generator=g)
+    )
     native = model(tokens)[0]
     for changed, least in ((model(other)[0], 0.1), (model(tokens, edits=[edit])[0], 1e-3)):
         assert_close(native[:, :20], changed[:, :20], atol=1e-5, rtol=0)
@@ -583,7 +632,9 @@ def test_an_edited_model_is_a_model_that_wrote_something_else(kind):
     stream, _ = model.run(model.embed(tokens), last=layer)
     block = model.layers[layer]
     s, rest, _ = block.mixer.inputs(block.norm1(stream.x), {}, stream.v_first)
-    key, value = torch.randn(s.k.shape[-1], generator=g), torch.randn(s.v.shape[-1], generator=g)
+    key, value = torch.randn(s.k.shape[-1], generator=g), torch.randn(
+        s.v.shape[-1], generator=g
+    )
     o, S = [], None
     for i in range(tokens.shape[1]):
         _, S = recurrence(s.times(i, i + 1), S)
@@ -591,14 +642,21 @@ def test_an_edited_model_is_a_model_that_wrote_something_else(kind):
             S = S.clone()
             S[:, head] += key[:, None] * value
         o.append(torch.einsum("bhkv,bhk->bhv", S, s.q[:, i]))
-    mixed = models.Stream(stream.x + block.mixer.output(torch.stack(o, 1), s, rest), stream.v_first)
+    mixed = models.Stream(
+        stream.x + block.mixer.output(torch.stack(o, 1), s, rest), stream.v_first
+    )
     after, _ = model.run(block.feed(mixed, {})[0], first=layer + 1)
     edited = model(tokens, edits=[Edit(layer, head, t, key, value)])[0]
     assert_close(edited, model.unembed(after), atol=1e-4, rtol=0)
 
 
 def test_an_edit_of_what_is_not_there_is_refused():
-    model, tokens, k, v = tiny_model("gdn"), random_tokens(0, T=5), torch.zeros(8), torch.zeros(6)
+    model, tokens, k, v = (
+        tiny_model("gdn"),
+        random_tokens(0, T=5),
+        torch.zeros(8),
+        torch.zeros(6),
+    )
     for edit, message in (
         (Edit(3, 0, 1, k, v), "full attention"),
         (Edit(9, 0, 1, k, v), "layer 9"),
@@ -619,7 +677,9 @@ def make_checkpoint(folder, kind: str):
 
     config = tiny_config(kind, num_hidden_layers=2)
     models.save(shake(models.build(config), 5), config, str(folder))
-    Tokenizer(kinds.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
+    Tokenizer(kinds.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(
+        str(folder / "tokenizer.json")
+    )
 
 
 NAME = "backbone.layers.1.mixer.A_log"
@@ -651,15 +711,27 @@ CONFIGS = [  # changes of the config, message
 FILES = [  # file, its new content, message
     ("model.safetensors", b"", "cannot be read"),
     ("model.safetensors", b"<!DOCTYPE>", "web page"),
-    ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer"),
+    (
+        "model.safetensors",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        "git-LFS pointer",
+    ),
     ("model.safetensors", b"\x80\x04\x95" + bytes(range(99)), "is a pickle"),
     ("model.safetensors", b"PK\x03\x04" + bytes(range(99)), "is a pickle"),
     ("config.json", b"{", "cannot be read"),
     ("config.json", b"\xff\xfe{}", "cannot be read"),
     ("config.json", b"[" * 99999, "cannot be read"),
     ("config.json", b"[1]", "no JSON object"),
-    ("model.safetensors.index.json", b'{"weight_map": {"a": "../b.safetensors"}}', "outside the"),
-    ("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}', "is missing"),
+    (
+        "model.safetensors.index.json",
+        b'{"weight_map": {"a": "../b.safetensors"}}',
+        "outside the",
+    ),
+    (
+        "model.safetensors.index.json",
+        b'{"weight_map": {"a": "b.safetensors"}}',
+        "is missing",
+    ),
     ("model.safetensors.index.json", b'{"weight_map": [1]}', "cannot be read"),
     ("tokenizer.json", b"", "cannot be read"),
     ("tokenizer.json", b"{}", "cannot be read"),
@@ -734,13 +806,19 @@ def sound(tmp_path_factory):
     return made
 
 
-REAL = ("norm_eps", "rope_parameters", "tie_word_embeddings")  # another value may be right, too
+REAL = (
+    "norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+)  # another value may be right, too
 VALUES = [None, "x", [], {}, -1, 0, 1.5, 1e308, True, 10**30, [1, 2], {"a": 1}]
 
 
 def damaged(whole: bytes, damage: str, where: int, value, is_json: bool) -> bytes:
     """The file's bytes, after the damage."""
-    at, noise = where % len(whole), bytes(random_tokens(where, B=1, T=100, vocab=256)[0].tolist())
+    at, noise = where % len(whole), bytes(
+        random_tokens(where, B=1, T=100, vocab=256)[0].tolist()
+    )
     if damage == "a flipped bit":
         return whole[:at] + bytes([whole[at] ^ 1 << where % 8]) + whole[at + 1 :]
     if damage in ("a key away", "a wrong value") and is_json:
@@ -797,7 +875,14 @@ def test_world_tokenizer_takes_the_longest_match(tmp_path):
     assert tokenizer.decode([3, 2, 1, 7, 4]) == "abba é"
     with pytest.raises(InputError, match="no entry for the byte 99"):
         tokenizer.encode("c")
-    for line in ("99 'x' 1\n", "1\n", "x 'a' 1\n", "1 exit() 2\n", "1 10**9 3\n", "1 99999 4\n"):
+    for line in (
+        "99 'x' 1\n",
+        "1\n",
+        "x 'a' 1\n",
+        "1 exit() 2\n",
+        "1 10**9 3\n",
+        "1 99999 4\n",
+    ):
         (tmp_path / "rwkv_vocab_v1.txt").write_text(line)
         assert_refused(tmp_path, "rwkv_vocab_v1.txt")
 
@@ -807,7 +892,9 @@ def test_world_tokenizer_takes_the_longest_match(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
-def random_sae(seed: int, n=40, K=6, V=4, active=3, encoder="bilinear", **settings) -> WriteSAE:
+def random_sae(
+    seed: int, n=40, K=6, V=4, active=3, encoder="bilinear", **settings
+) -> WriteSAE:
     g, sae = rng(seed), WriteSAE(n, K, V, active, encoder, **settings)
     with torch.no_grad():
         for p in sae.parameters():
@@ -839,14 +926,18 @@ def test_encode_by_hand():
     index, a = sae.encode(write_of(torch.tensor([[3.0, 4.0]]), eye[:1]))
     assert index[0, :2].tolist() == [1, 0], "the largest coefficient comes first"
     assert a[0, 2] == 0, "a is relu ⟨E_i, X⟩: did you forget the relu?"
-    assert_close(a[0, :2], torch.tensor([4.0, 3]), msg="coded at unit norm: times ‖X‖ in the end?")
+    assert_close(
+        a[0, :2], torch.tensor([4.0, 3]), msg="coded at unit norm: times ‖X‖ in the end?"
+    )
 
 
 ANY_SAE = st.sampled_from(list(writesae.ENCODERS)), st.sampled_from(list(writesae.DECODERS))
 
 
 @given(st.integers(0, 99), st.integers(1, 5), *ANY_SAE, st.integers(2, 7), st.integers(2, 7))
-def test_encode_and_decode_of_factors_give_what_matrices_give(seed, active, encoder, decoder, K, V):
+def test_encode_and_decode_of_factors_give_what_matrices_give(
+    seed, active, encoder, decoder, K, V
+):
     """A write, as its factors and as a matrix, against plain matrices; under any metric."""
     sae = random_sae(seed, K=K, V=V, active=active, encoder=encoder, decoder=decoder)
     L_k, L_v = map(torch.linalg.cholesky, random_metric(sae, seed))
@@ -858,7 +949,9 @@ def test_encode_and_decode_of_factors_give_what_matrices_give(seed, active, enco
     for form in (X, matrix_of(X.matrix())):
         assert_close(sae.readers.products(sae.see(form)), scores, atol=1e-3, rtol=1e-3)
         index, a = sae.encode(form)
-        assert_close(a, best, atol=1e-3, rtol=1e-3, msg="the `active` largest relu ⟨E_i, X⟩, seen?")
+        assert_close(
+            a, best, atol=1e-3, rtol=1e-3, msg="the `active` largest relu ⟨E_i, X⟩, seen?"
+        )
         expected = torch.einsum("nm,nmkv->nkv", a, A[index])
         assert_close(sae.decode(index, a).matrix(), expected, atol=1e-2, rtol=1e-3)
         twice, _ = sae.encode(form.times(torch.full((9,), 2.0)))
@@ -895,7 +988,9 @@ def test_tied_coefficient_is_the_least_squares_one(seed):
 @pytest.mark.parametrize("sparsity", ["topk", "batchtopk", "jumprelu"])
 @pytest.mark.parametrize("decoder", writesae.DECODERS)
 @pytest.mark.parametrize("encoder", writesae.ENCODERS)
-def test_every_setting_trains_travels_and_codes_one_as_many(tmp_path, encoder, decoder, sparsity):
+def test_every_setting_trains_travels_and_codes_one_as_many(
+    tmp_path, encoder, decoder, sparsity
+):
     sae = WriteSAE(24, 6, 4, 3, encoder, decoder, sparsity, centred=encoder == "dense")
     random_metric(sae, 0)
     X = random_writes(0, n=600)
@@ -903,11 +998,15 @@ def test_every_setting_trains_travels_and_codes_one_as_many(tmp_path, encoder, d
     history = fit_gradient(sae, X, rng(0), steps=40, batch=64, lr=0.01)
     assert sum(history[-5:]) < sum(history[:5]) and all(x >= 0 for x in history)
     for name, p in sae.named_parameters():
-        assert not p.requires_grad or not torch.equal(p, before[name]), f"{name} did not learn"
+        assert not p.requires_grad or not torch.equal(
+            p, before[name]
+        ), f"{name} did not learn"
     index, a = sae.encode(X)
     _, alone = sae.encode(X.rows(slice(7, 8)))
     assert_close(alone, a[7:8], atol=1e-5, rtol=1e-4)
-    assert (a >= 0).all() and (a[:, :-1] >= a[:, 1:]).all() and (a > 0).sum(1).max() <= sae.most
+    assert (
+        (a >= 0).all() and (a[:, :-1] >= a[:, 1:]).all() and (a > 0).sum(1).max() <= sae.most
+    )
     sae.save(str(tmp_path / "a.safetensors"))
     again = WriteSAE.load(str(tmp_path / "a.safetensors"))
     assert again.cfg == sae.cfg
@@ -920,7 +1019,9 @@ def test_a_centred_sae_codes_what_differs_from_the_mean_of_its_inputs():
     random_metric(sae, 1)
     fit_gradient(sae, X, rng(0), steps=1, batch=8)
     seen = sae.see(X).matrix()
-    assert sae.mean.abs().max() > 1 and seen.mean(0).abs().max() < 1e-3 * sae.mean.abs().max()
+    assert (
+        sae.mean.abs().max() > 1 and seen.mean(0).abs().max() < 1e-3 * sae.mean.abs().max()
+    )
 
 
 def test_batchtopk_keeps_n_times_active_and_jumprelu_what_passes_its_threshold():
@@ -928,8 +1029,13 @@ def test_batchtopk_keeps_n_times_active_and_jumprelu_what_passes_its_threshold()
     sae = WriteSAE(3, 4, 4, 1, sparsity="batchtopk")
     sae.most = 3
     _, a = sae.select(scores, training=True)
-    assert a.tolist() == [[5, 4, 0], none], "two inputs, one active each: the two largest of six"
-    assert sae.threshold[0].item() == pytest.approx(0.04), "it moves 1 % of the way to the cut"
+    assert a.tolist() == [
+        [5, 4, 0],
+        none,
+    ], "two inputs, one active each: the two largest of six"
+    assert sae.threshold[0].item() == pytest.approx(
+        0.04
+    ), "it moves 1 % of the way to the cut"
     sae = WriteSAE(3, 4, 4, 1, sparsity="jumprelu")
     sae.most, sae.threshold.data[:] = 3, torch.tensor([4.99, 4.5, 2.0])
     _, a = sae.select(scores)
@@ -990,8 +1096,12 @@ def test_two_alternating_steps_by_hand():
     key_sum, value_sum, count = [0.0] * 7, [0.0] * 7, [0.0] * 7
     for step in range(2):
         drawn = torch.randint(50, (12,), generator=g).tolist()
-        scores = [[float((keys[i] @ x[n]) * (values[i] @ y[n])) for i in range(7)] for n in drawn]
-        a, worst = [max(row) for row in scores], sorted(range(12), key=lambda j: max(scores[j]))
+        scores = [
+            [float((keys[i] @ x[n]) * (values[i] @ y[n])) for i in range(7)] for n in drawn
+        ]
+        a, worst = [max(row) for row in scores], sorted(
+            range(12), key=lambda j: max(scores[j])
+        )
         for i in range(7):
             mine = [j for j in range(12) if scores[j].index(a[j]) == i]
             count[i] = 0.75 * count[i] + len(mine)
@@ -1004,11 +1114,17 @@ def test_two_alternating_steps_by_hand():
                 keys[i], values[i] = key, F.normalize(value_sum[i], dim=0)
             else:
                 n, restarted = drawn[worst.pop(0)], restarted + 1
-                keys[i], values[i], key_sum[i], value_sum[i], count[i] = x[n], y[n], 0.0, 0.0, 0.0
-        assert history[step] == pytest.approx(np.mean(np.square(a)), rel=1e-4), "mean a² explained"
-    key_help = (
-        "keys: Σ a (value · y) x, with the old values, 0.75 of the older sum kept, unit norm?"
-    )
+                keys[i], values[i], key_sum[i], value_sum[i], count[i] = (
+                    x[n],
+                    y[n],
+                    0.0,
+                    0.0,
+                    0.0,
+                )
+        assert history[step] == pytest.approx(
+            np.mean(np.square(a)), rel=1e-4
+        ), "mean a² explained"
+    key_help = "keys: Σ a (value · y) x, old values, 0.75 of the older sum kept, unit norm?"
     assert_close(sae.atoms.keys[:, 0], torch.stack(keys), msg=key_help)
     value_help = (
         "values: Σ a (key · x) y, with the new keys, 0.75 of the older sum kept, unit norm?"
@@ -1043,13 +1159,17 @@ def test_dead_atoms_explain_the_residual_and_restart_without_memory():
     assert loss.item() == pytest.approx((25 - 9) / 25)
     grads = torch.autograd.grad(loss, [sae.atoms.keys, R.keys], allow_unused=True)
     assert grads[0][0].any() and not grads[0][2].any(), "the dead learn, and no other"
-    assert grads[1] is None, "the residual is detached: those that left it do not learn from it"
+    assert (
+        grads[1] is None
+    ), "the residual is detached: those that left it do not learn from it"
     optimiser = torch.optim.Adam(sae.atoms.parameters(), 0.1)
     sum(p.sum() for p in sae.atoms.parameters()).backward()
     optimiser.step()
     which = writesae.restart(sae, optimiser, torch.tensor([1]), R, inner(R, R))
     assert which.tolist() == [1]
-    assert_close(sae.atoms.at(which).matrix()[0], R.matrix()[0].detach() / 5, msg="of unit norm")
+    assert_close(
+        sae.atoms.at(which).matrix()[0], R.matrix()[0].detach() / 5, msg="of unit norm"
+    )
     for memory in optimiser.state.values():
         assert (memory["exp_avg"][1] == 0).all() and (memory["exp_avg"][0] != 0).all()
 
@@ -1067,7 +1187,9 @@ def test_the_untrained_null_is_made_of_training_writes():
 # --------------------------------------------------------------------------------------------------
 # The engine and the replacement test
 # --------------------------------------------------------------------------------------------------
-def tiny_cell(kind: str, seed=0, B=3, T=34, positions=(9,), layer=1, head=0, **settings) -> Cell:
+def tiny_cell(
+    kind: str, seed=0, B=3, T=34, positions=(9,), layer=1, head=0, **settings
+) -> Cell:
     """A head of a tiny model, passages, and a random SAE (its settings: those of random_sae)."""
     model = tiny_model(kind, seed)
     mixer = model.layers[layer].mixer
@@ -1108,7 +1230,9 @@ def test_branches_are_full_forward_passes_with_edits(kind, seed, layer, head, so
     cell = tiny_cell(kind, seed, 3, 34, positions, layer, head)
     null, (K, V) = cell.sae, (cell.sae.cfg[name] for name in "KV")
     sae = random_sae(seed + 1, K=K, V=V, source=source)
-    fast, s = replacement(cell, dict(atom=sae, untrained=null), whole=True), native_inputs(cell)
+    fast, s = replacement(cell, dict(atom=sae, untrained=null), whole=True), native_inputs(
+        cell
+    )
     for p in writesae.points(cell):
         t, X = p.t, write_of(s.k[:, p.t, 0], s.v[:, p.t, 0])
         coded = X if source == "write" else matrix_of(states(s)[:, t, 0])
@@ -1121,7 +1245,9 @@ def test_branches_are_full_forward_passes_with_edits(kind, seed, layer, head, so
         here, base = fast["position"] == t, whole_pass(cell, t)
         for name, Y in put_in.items():
             kl = (base.exp() * (base - whole_pass(cell, t, Y.minus(X)))).sum(-1)
-            assert_close(fast["kl_" + name][here], kl, atol=2e-5, rtol=2e-3, msg=f"{name} at {t}")
+            assert_close(
+                fast["kl_" + name][here], kl, atol=2e-5, rtol=2e-3, msg=f"{name} at {t}"
+            )
         assert torch.equal(fast["index_atom"][here], index) and here.sum() == 3
         assert_close(fast["cosine_atom"][here], writesae.cosine(A, X))
     assert fast["kl_native"][:3].abs().max() < 1e-5 and fast["kl_random"][3:].isnan().all()
@@ -1153,16 +1279,22 @@ def test_kl_divergence_by_hand_and_of_tiny_effects():
     nats still has two digits. Never negative."""
     p, q = (torch.tensor([x, 1 - x]).log() for x in (0.5, 0.25))
     by_hand = pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
-    assert writesae.kl_divergence(p, q).item() == by_hand, "Σ p (log p − log q): p and q swapped?"
+    assert (
+        writesae.kl_divergence(p, q).item() == by_hand
+    ), "Σ p (log p − log q): p and q swapped?"
     p = torch.randn(1000, generator=rng(0)).double().log_softmax(-1)
     q = (p + 1e-4 * torch.randn(1000, generator=rng(1))).log_softmax(-1)
     exact = (p.exp() * (p - q)).sum()
     assert 1e-9 < exact < 1e-8
     ours = writesae.kl_divergence(p.float(), q.float()).double()
-    assert_close(ours, exact, rtol=0.02, atol=0, msg="lost in rounding: sum terms of second order")
+    assert_close(
+        ours, exact, rtol=0.02, atol=0, msg="lost in rounding: sum terms of second order"
+    )
     wide = torch.tensor([[60000.0, -60000, 0, 1], [0, 0, 0, 60000]]).log_softmax(-1)
     kl = writesae.kl_divergence(wide, wide.flip(0))
-    assert (kl >= 0).all() and kl.isfinite().all(), "e^d overflows where p is nothing beside q"
+    assert (
+        kl >= 0
+    ).all() and kl.isfinite().all(), "e^d overflows where p is nothing beside q"
     assert writesae.kl_divergence(wide, wide).tolist() == [0, 0]
 
 
@@ -1222,12 +1354,16 @@ def test_figures_by_hand():
     expected |= dict(strict_order_rate=2 / 5)  # atom < nothing < random: rows 2 and 7
     expected |= dict(projected_win_rate=2 / 5)  # rows 2 and 3
     expected |= dict(failure_by_quartile=[0, 0.5, 0, 1])  # 2, 2, 1, 1 firings
-    expected |= dict(win_ci95=writesae.wilson(4, 6), win_ci95_by_atom=(0.8, 0.8))  # one is drawn
+    expected |= dict(
+        win_ci95=writesae.wilson(4, 6), win_ci95_by_atom=(0.8, 0.8)
+    )  # one is drawn
     for name, x in expected.items():
         assert f[name] == pytest.approx(x), name
     wins, file = torch.tensor([1, 1, 0, 0, 1, 1]), torch.tensor([0, 1, 1, 2, 3, 3])
     assert f["win_ci95_by_file"] == writesae.cluster_bootstrap(wins, file, rng(0))
-    assert f["median_kl"]["delete"] == 3 and f["by_horizon"][3]["win_rate"] == pytest.approx(4 / 6)
+    assert f["median_kl"]["delete"] == 3 and f["by_horizon"][3]["win_rate"] == pytest.approx(
+        4 / 6
+    )
     strict = {row["cosine_min"]: row for row in f["by_coverage"]}[0.8]
     assert strict["coverage"] == 4 / 8 and strict["win_rate"] == 3 / 4
 
@@ -1244,7 +1380,9 @@ def test_what_learning_adds_by_hand():
 
 
 def test_intervals_by_hand():
-    assert writesae.wilson(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-3)  # a textbook value
+    assert writesae.wilson(90, 100) == pytest.approx(
+        (0.8256, 0.9448), abs=1e-3
+    )  # a textbook value
     assert all(math.isnan(x) for x in writesae.wilson(0, 0))
     two = torch.tensor([1.0, 1, 0, 0]), torch.tensor([0, 0, 1, 1])
     assert writesae.cluster_bootstrap(*two, rng(0)) == (0, 1)  # the mean can be either
@@ -1279,7 +1417,9 @@ def test_a_random_direction_at_its_own_coefficient_is_nearer_than_nothing(seed):
     st.floats(1e-3, 1e3),
     st.integers(1, 3),
 )
-def test_the_recurrence_is_linear_so_the_formulas_state_part_is_exact(kind, seed, K, V, size, rank):
+def test_the_recurrence_is_linear_so_the_formulas_state_part_is_exact(
+    kind, seed, K, V, size, rank
+):
     """At any size of the edit no order is lost there: to 1e-5 of the largest."""
     s = random_steps(kind, seed, T=11, H=1, K=K, V=V)
     s = StepInputs(*(None if x is None else x.double() for x in s))
@@ -1313,12 +1453,18 @@ def test_the_ladder_is_exact_to_the_order_it_claims(kind):
     """Errors of an exact first order fall with the square of the edit's size, of a second order
     with the cube: halve the edit, and compare."""
     big, small = (rungs_of(*ladder_case(kind, size)) for size in (2e-3, 1e-3))
-    error = {name: [(r[name] - r["measured"]).norm().item() for r in (big, small)] for name in big}
+    error = {
+        name: [(r[name] - r["measured"]).norm().item() for r in (big, small)] for name in big
+    }
     assert big["measured"].norm() > 1e-5
     for name, order in writesae.RUNGS.items():
         falls = math.log2(error[name][0] / error[name][1])
-        assert order == 0 or abs(falls - order - 1) < 0.25, f"{name} is of order {falls - 1:.2f}"
-        assert order or error[name][0] > 3 * error["full Jacobian"][0], f"{name} leaves nothing out"
+        assert (
+            order == 0 or abs(falls - order - 1) < 0.25
+        ), f"{name} is of order {falls - 1:.2f}"
+        assert (
+            order or error[name][0] > 3 * error["full Jacobian"][0]
+        ), f"{name} leaves nothing out"
     same = torch.equal(big["three factors"], big["exact transition"])
     assert same == (kind == "mamba2"), "without an erase the gates are the transition"
 
@@ -1331,7 +1477,9 @@ class Fixed(torch.nn.Module):
         centre = x.mean(-1, keepdim=True) if isinstance(norm, torch.nn.LayerNorm) else 0
         weight = norm.weight + getattr(norm, "offset", 0)
         self.x, self.at_x = x, norm(x)
-        self.slope = weight / ((x - centre).square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        self.slope = (
+            weight / ((x - centre).square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        )
 
     def forward(self, x):
         return self.at_x + self.slope * (x - self.x)
@@ -1339,7 +1487,9 @@ class Fixed(torch.nn.Module):
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("rung", ["gated", "gated and scaled"])
-def test_gated_rungs_are_the_direct_path_with_the_norms_scale_held_fixed(kind, rung, monkeypatch):
+def test_gated_rungs_are_the_direct_path_with_the_norms_scale_held_fixed(
+    kind, rung, monkeypatch
+):
     """Held at what it is natively, or for "gated" at one and with no final norm."""
     p, change, targets = ladder_case(kind)
     expected, model = rungs_of(p, change, targets)[rung], p.cell.model
@@ -1351,7 +1501,9 @@ def test_gated_rungs_are_the_direct_path_with_the_norms_scale_held_fixed(kind, r
     norm = Fixed(model.norm, last.x) if scaled else torch.nn.Identity()
     monkeypatch.setattr(block.mixer, "gate_and_scale", lambda o, s, rest: held)
     monkeypatch.setattr(model, "norm", norm)
-    monkeypatch.setattr(writesae, "norm_slope", lambda norm, x: x)  # not what is looked at now
+    monkeypatch.setattr(
+        writesae, "norm_slope", lambda norm, x: x
+    )  # not what is looked at now
     assert_close(rungs_of(p, change, targets)["direct path"], expected)
 
 
@@ -1414,7 +1566,9 @@ def test_steering_is_a_full_forward_pass_with_edits(kind, key, value):
         all_states = [cache.layers[i]["state"].flatten(1) for i in model.recurrent_layers]
         states.append(torch.cat(all_states, 1))
     judge_said = model(torch.cat([tokens, said], 1))[0][:, 11:-1].log_softmax(-1)
-    expected = dict(said=said, kept=kept, log_p=of_tokens(log_p, target[:, None].expand(-1, 20)))
+    expected = dict(
+        said=said, kept=kept, log_p=of_tokens(log_p, target[:, None].expand(-1, 20))
+    )
     expected["size"] = (states[1] - states[0]).norm(dim=1) / states[0].norm(dim=1)
     expected["nll"] = -of_tokens(judge_said, said).mean(1)
     expected["nll_forced"] = -of_tokens(judge, without).mean(1)
@@ -1475,7 +1629,9 @@ def test_gradients_are_what_finite_differences_say(kind, what):
     keys, target = writesae.edit_keys(prompts.s, "write"), pairs["target"]
 
     def random(seed):
-        return writesae.steering_values(prompts, keys, target, "random", 1.0, False, rng(seed))
+        return writesae.steering_values(
+            prompts, keys, target, "random", 1.0, False, rng(seed)
+        )
 
     step = random(0)
     for at in (0 * step, random(1)):
@@ -1537,7 +1693,9 @@ def test_read_key_by_hand():
     q = torch.tensor([[-1.0, 0], [0, 1]])[None, :, None]
     s = StepInputs(q, q, q, torch.full((1, 2, 1, 1), math.log(0.5)))
     key = writesae.read_key(s)[0, 0].tolist()
-    assert [abs(x) for x in key] == pytest.approx([1, 0], abs=1e-6), "the decay before each read?"
+    assert [abs(x) for x in key] == pytest.approx(
+        [1, 0], abs=1e-6
+    ), "the decay before each read?"
     assert key[0] < 0, "of the two signs the one with which the gains sum to more than 0"
 
 
@@ -1547,9 +1705,13 @@ def test_read_key_is_the_one_that_coming_reads_weigh_most(kind):
     model, tokens, _ = steering_case(kind)
     s = writesae.read_prompts(model, tokens, HEADS).s
     keys, norm = writesae.edit_keys(s, "read"), s.k.norm(dim=-1) * s.v.norm(dim=-1)
-    assert_close(keys.norm(dim=-1), norm, msg="a unit key, times ‖k‖‖v‖ of the write beside it")
+    assert_close(
+        keys.norm(dim=-1), norm, msg="a unit key, times ‖k‖‖v‖ of the write beside it"
+    )
     along = F.cosine_similarity(keys[:, -1], s.q[:, -1], dim=-1)
-    assert_close(along, torch.ones(2, 3), msg="one read is left: along its query, sign included")
+    assert_close(
+        along, torch.ones(2, 3), msg="one read is left: along its query, sign included"
+    )
     for t in range(3):
         others = F.normalize(torch.randn(50, *keys[:, t].shape, generator=rng(t)), dim=-1)
         each = (keys[:, t], *(norm[:, t, :, None] * others))
@@ -1605,7 +1767,9 @@ def test_the_least_budget_is_found_on_search_prompts_and_told_of_the_others(firs
 
     search, unseen = dict(side="search", target=range(4)), dict(side="unseen")
     found = run.least_budget(edit, search, unseen, "read")
-    assert found["found"] == (first < 25) and found["magnitude"] == run.BUDGETS[min(first, 24)]
+    assert (
+        found["found"] == (first < 25) and found["magnitude"] == run.BUDGETS[min(first, 24)]
+    )
     assert [s["persists_rate"] for s in found["strata"]] == [0.5 * (first < 25)] * 2
     assert len(found["search_rates"]) <= 5
 
@@ -1620,11 +1784,15 @@ def test_codes_say_of_every_write_what_encode_says_and_firings_are_those_near_en
     X = write_of(s.k[:, :, 0].flatten(0, 1), s.v[:, :, 0].flatten(0, 1))
     index, a, A = cell.sae.dominant(X)
     cosine = F.cosine_similarity(A.matrix().flatten(1), X.matrix().flatten(1))
-    expected = dict(passage=torch.arange(150) // 15, position=torch.arange(150) % 15, index=index)
+    expected = dict(
+        passage=torch.arange(150) // 15, position=torch.arange(150) % 15, index=index
+    )
     expected |= dict(token=cell.tokens.flatten(), a=a, cosine=cosine)
     for name, x in expected.items():
         assert_close(table[name], x, atol=1e-5, rtol=1e-4, msg=name)
-    rows, at = list(zip(*(x.tolist() for x in table.values()))), writesae.firings(cell, table)
+    rows, at = list(zip(*(x.tolist() for x in table.values()))), writesae.firings(
+        cell, table
+    )
     where = [i for i in range(150) if i % 15 in (3, 7, 8) and cosine[i] >= 0.2 and a[i] > 0]
     assert 0 < len(where) < 30, "a case where some fire and some do not"
     assert list(zip(*(x.tolist() for x in at.values()))) == [rows[i] for i in where]
@@ -1632,7 +1800,9 @@ def test_codes_say_of_every_write_what_encode_says_and_firings_are_those_near_en
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("batch_bytes", [1, writesae.BATCH_BYTES])
-def test_taking_an_atom_out_is_a_full_forward_pass_with_the_edit(kind, batch_bytes, monkeypatch):
+def test_taking_an_atom_out_is_a_full_forward_pass_with_the_edit(
+    kind, batch_bytes, monkeypatch
+):
     monkeypatch.setattr(writesae, "BATCH_BYTES", batch_bytes)
     cell = tiny_cell(kind, B=4, T=30, head=2)
     at = writesae.some_rows(writesae.codes(cell), torch.tensor([2 * 30 + 9, 5, 3 * 30 + 9]))
@@ -1696,7 +1866,9 @@ def test_the_promoted_token_is_the_formulas_in_the_choosing_files(kind):
     cell, vocab = erasing_case(kind, 0, B=16), torch.arange(61)[None]
     at, table = writesae.firings(cell, writesae.codes(cell)), writesae.erasure(cell, 2)
     rise, files = torch.zeros(3, 61), {i: set() for i in range(3)}
-    for passage, t, index in zip(*(at[name].tolist() for name in ("passage", "position", "index"))):
+    for passage, t, index in zip(
+        *(at[name].tolist() for name in ("passage", "position", "index"))
+    ):
         if passage // 2 % 2 == 0:
             one = cell._replace(tokens=cell.tokens[passage, None], positions=[t])
             p = next(writesae.points(one))
@@ -1705,7 +1877,9 @@ def test_the_promoted_token_is_the_formulas_in_the_choosing_files(kind):
     promoted = dict(zip(table["index"].tolist(), table["promoted"].tolist()))
     assert promoted and all(rise[i].argmax() == token for i, token in promoted.items())
     often = sorted(map(len, files.values()))
-    assert all(len(files[i]) >= often[1] for i in promoted), "two of three: those in most files"
+    assert all(
+        len(files[i]) >= often[1] for i in promoted
+    ), "two of three: those in most files"
 
 
 @settings(max_examples=6)
@@ -1726,8 +1900,12 @@ def test_erasing_figures_by_hand():
     columns |= dict(elsewhere=[-5.0, math.nan, 5], file=[0, 1, 1])
     table = {name: torch.tensor(x) for name, x in columns.items()}
     f = writesae.erasure_figures(table, rng(0))
-    expected = dict(n_firings=3, n_files=2, firing_median=-1, firing_mean=-1, firing_falls=2 / 3)
-    expected |= dict(random_median=0, random_falls=0, other_atom_median=2, elsewhere_falls=0.5)
+    expected = dict(
+        n_firings=3, n_files=2, firing_median=-1, firing_mean=-1, firing_falls=2 / 3
+    )
+    expected |= dict(
+        random_median=0, random_falls=0, other_atom_median=2, elsewhere_falls=0.5
+    )
     expected |= dict(effect=-4 / 3, effect_ci95=(-3, -0.5))  # by file −3 and −1/2
     for name, x in expected.items():
         assert f[name] == pytest.approx(x), name
@@ -1743,7 +1921,9 @@ def test_population_by_hand():
     )
     f = writesae.population_figures(table, 0.71)
     assert (f["n_firings"], f["n_atoms"], f["n_atoms_often"]) == (7, 2, 1)
-    assert f["often_share"] == pytest.approx(6 / 7) and f["token_purity"] == pytest.approx(4 / 6)
+    assert f["often_share"] == pytest.approx(6 / 7) and f["token_purity"] == pytest.approx(
+        4 / 6
+    )
 
 
 @given(st.integers(0, 30))
@@ -1787,7 +1967,9 @@ def test_a_passage_with_its_atoms_in_place_is_a_full_forward_pass_with_edits():
     st.sampled_from(["n_atoms", "K", "active", "encoder", "decoder", "sparsity"]),
     st.sampled_from([None, "x", [], -1, 0, 1.5, 10**12, 7, {"a": 1}]),
 )
-def test_a_damaged_sae_is_refused_or_does_no_harm(tmp_path_factory, damage, where, key, value):
+def test_a_damaged_sae_is_refused_or_does_no_harm(
+    tmp_path_factory, damage, where, key, value
+):
     path, sae = tmp_path_factory.mktemp("sae") / "a.safetensors", random_sae(0)
     sae.save(str(path))
     whole = path.read_bytes()
@@ -1797,7 +1979,9 @@ def test_a_damaged_sae_is_refused_or_does_no_harm(tmp_path_factory, damage, wher
     elif damage == "flip":
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << where % 8]) + whole[at + 1 :])
     else:
-        save_file(load_file(path), path, metadata={"cfg": json.dumps(sae.cfg | {key: value})})
+        save_file(
+            load_file(path), path, metadata={"cfg": json.dumps(sae.cfg | {key: value})}
+        )
     try:
         again = WriteSAE.load(str(path))
         assert again.encode(random_writes(0))[1].shape[0] == 9
@@ -1854,7 +2038,9 @@ def test_a_wrong_command_ends_in_one_line(tmp_path, capsys, monkeypatch, command
     (tmp_path / "FOLDER").mkdir()
     (tmp_path / "HERE").symlink_to(os.path.join(HERE, "checkpoints"))
     assert run.main(shlex.split(command.replace("GDN", "--model gdn"))) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    errors = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")
+    ]
     assert len(errors) == 1 and re.search(WRONG[command], errors[0]), errors
     assert len(os.listdir(tmp_path)) == 4, "nothing is written"
 
@@ -1903,17 +2089,28 @@ def test_replace_end_to_end(tmp_path, capsys):
     assert [r["model"] for r in results] == list(ARCHITECTURES)
     for r in results:
         assert set(REPLACE_KEYS.split()) <= set(r)
-        assert set(f"{RATES} win_rate_all recovered_pooled_all".split()) <= set(r["untrained"])
+        assert set(f"{RATES} win_rate_all recovered_pooled_all".split()) <= set(
+            r["untrained"]
+        )
         assert set("atom delete random projected native".split()) == set(r["median_kl"])
-        assert [set(x) >= {"win_rate", "recovered_pooled"} for x in r["by_horizon"]] == [True] * 11
+        assert [set(x) >= {"win_rate", "recovered_pooled"} for x in r["by_horizon"]] == [
+            True
+        ] * 11
         assert all(set(f"cosine_min {RATES}".split()) <= set(x) for x in r["by_coverage"])
         assert r["win_rate_all"] > 0.7 and r["recovered_pooled_all"] > 0.3
         assert r["median_kl"]["native"] < 1e-4 and r["untrained"]["coverage"] < r["coverage"]
         assert r["by_coverage"][0]["coverage"] == 1
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert len(lines) == sum(r["n_positions"] for r in results) and len(lines[0]["kl_atom"]) == 11
+    assert (
+        len(lines) == sum(r["n_positions"] for r in results)
+        and len(lines[0]["kl_atom"]) == 11
+    )
     printed = capsys.readouterr().out
-    assert "untrained writes" in printed and "the paper" in printed and is_png(tmp_path / "r.png")
+    assert (
+        "untrained writes" in printed
+        and "the paper" in printed
+        and is_png(tmp_path / "r.png")
+    )
     table = (tmp_path / "r.md").read_text()
     assert "## `python run.py replace --passages 4 --quick`" in table and "gdn L1H0" in table
 
@@ -1924,9 +2121,13 @@ def test_formula_end_to_end(tmp_path):
     assert list(rungs) == list(writesae.RUNGS) and is_png(tmp_path / "f.png")
     full = rungs["full Jacobian"]
     assert full["r2_small"] > 0.99 and full["sign_agreement"] > 0.9
-    assert rungs["exact head, mean of two"]["r2"] > 0.99 and rungs["three factors"]["r2"] < 0.5
+    assert (
+        rungs["exact head, mean of two"]["r2"] > 0.99 and rungs["three factors"]["r2"] < 0.5
+    )
     assert rungs["exact head, mean of two"]["r2_delete"] > 0.9
-    assert [name for name, rung in rungs.items() if rung["fitted"]] == ["three factors, fitted"]
+    assert [name for name, rung in rungs.items() if rung["fitted"]] == [
+        "three factors, fitted"
+    ]
 
 
 def test_steer_end_to_end(tmp_path, monkeypatch):
@@ -1950,14 +2151,18 @@ def test_steer_end_to_end(tmp_path, monkeypatch):
 def test_erase_end_to_end(tmp_path):
     (r,) = quick(tmp_path, "erase --model rwkv7 --passages 24 --atoms 128 --saes OUT")
     assert r["n_firings"] == sum(a["n_firings"] for a in r["atoms"]) > 5 and r["effect"] < 0
-    keys = "firing_median firing_falls random_median random_falls other_atom_median effect_ci95"
+    keys = (
+        "firing_median firing_falls random_median random_falls other_atom_median effect_ci95"
+    )
     assert set(keys.split()) <= set(r)
 
 
 def test_atoms_end_to_end(tmp_path, capsys):
     described = quick(tmp_path, "atoms --model gdn --passages 12 --plot OUT/a.png")
     first, printed = described[0], capsys.readouterr().out
-    assert {"population", "passage_test", "token_purity", "promoted", "contexts"} <= set(first)
+    assert {"population", "passage_test", "token_purity", "promoted", "contexts"} <= set(
+        first
+    )
     assert all(len(d["contexts"]) <= 5 and "⟦" in d["contexts"][0] for d in described)
     bits = first["passage_test"]
     assert bits["bits_native"] < bits["bits_delete"] and f"{first['n_firings']}" in printed
@@ -1998,7 +2203,12 @@ def test_cells_shared_out_by_torchrun_give_the_same_results(tmp_path):
     results = []
     for launcher in ("", "-m torch.distributed.run --nproc-per-node 2"):
         out = str(tmp_path / f"{len(results)}.json")
-        words = [*launcher.split(), os.path.join(HERE, "run.py"), "replace", *options.split()]
+        words = [
+            *launcher.split(),
+            os.path.join(HERE, "run.py"),
+            "replace",
+            *options.split(),
+        ]
         how = dict(capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         done = subprocess.run([sys.executable, *words, "--json", out], **how)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -2019,7 +2229,11 @@ def test_training_writes_a_file_of_its_own_and_none_over(tmp_path):
     after = [f.stat().st_mtime_ns for f in files]
     assert [i for i in range(4) if before[i] != after[i]] == [3]
     sae = WriteSAE.load(str(files[2]))
-    assert (sae.n_atoms, sae.cfg["head"], sae.cfg["method"]) == (32, 2, "alternating updates")
+    assert (sae.n_atoms, sae.cfg["head"], sae.cfg["method"]) == (
+        32,
+        2,
+        "alternating updates",
+    )
 
 
 def test_training_comes_first_where_there_is_no_sae(tmp_path, capsys):
@@ -2035,7 +2249,9 @@ def test_copies_of_training_text_are_left_out():
     lines = {"a = 1", "b = 2", "c = 3"}
     assert run.copied("ut off\na = 1\nb = 2\nc =", lines)
     assert not run.copied("a = 1\nx = 2\nc = 3", lines) and not run.copied("one line", lines)
-    tokenizer = models.Tokenizer(lambda text: list(text.encode()), lambda ids: bytes(ids).decode())
+    tokenizer = models.Tokenizer(
+        lambda text: list(text.encode()), lambda ids: bytes(ids).decode()
+    )
     files = {"own": "x = 1\ny = 2\n" * 50, "copy": "a = 1\nb = 2\n" * 50}
     corpus = run.Corpus(tokenizer, {"t": "a = 1\nb = 2"}, torch.device("cpu"))
     tokens, file = run.tested_windows(corpus, files, 9, 60)
@@ -2059,8 +2275,14 @@ def test_what_is_tested_is_in_no_training_text_and_the_null_is_drawn_from_it(mon
 
     monkeypatch.setattr(writesae, "collect", recorded)
     null = run.null_dictionary(cell, corpus)
-    texts = [corpus.tokenizer.decode(ids).strip("\ufffd") for ids in torch.cat(read).tolist()]
-    assert null.n_atoms == 960 and len(texts) >= 60 and all(text in everything for text in texts)
+    texts = [
+        corpus.tokenizer.decode(ids).strip("\ufffd") for ids in torch.cat(read).tolist()
+    ]
+    assert (
+        null.n_atoms == 960
+        and len(texts) >= 60
+        and all(text in everything for text in texts)
+    )
     passages = [corpus.tokenizer.decode(ids).strip("\ufffd") for ids in cell.tokens.tolist()]
     assert len(passages) == 20 and not any(passage in everything for passage in passages)
     own = list(tested.values())
@@ -2074,7 +2296,9 @@ def test_own_text_trains_and_is_held_out(tmp_path):
     training, tested = run.choose_text(args)
     assert training and tested and len(training) + len(tested) == 30
     assert not set(training) & set(tested)
-    assert "text-" in run.sae_file(load(os.path.join(HERE, "checkpoints", "gdn")), 1, 0, args)
+    assert "text-" in run.sae_file(
+        load(os.path.join(HERE, "checkpoints", "gdn")), 1, 0, args
+    )
 
 
 def test_saes_are_found_in_a_folder_or_under_a_hub_id(tmp_path, monkeypatch):
@@ -2095,23 +2319,107 @@ def test_saes_are_found_in_a_folder_or_under_a_hub_id(tmp_path, monkeypatch):
     assert name == "someone/saes" and "sae*.safetensors" in patterns
 
 
-def test_results_are_printed_again_from_their_json(capsys, tmp_path):
-    """The table of a run is the table of its --json; what is no such file is refused in a line."""
-    results = os.path.join(HERE, "figures", "replace.json")
-    assert run.main(["replace", "--results", results, "--markdown", str(tmp_path / "t.md")]) == 0
-    printed, table = capsys.readouterr().out, (tmp_path / "t.md").read_text()
-    assert printed.startswith(run.REPLACE_LEGEND) and printed.count("untrained writes") == 4
-    assert "## `python run.py replace`" in table and table.count("| gdn L1H0") == 1
-    readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-    assert printed.strip() in readme, "README's first table is what the shipped results print"
+def section(text: str, title: str) -> str:
+    """Of a page of results the section under a command."""
+    (found,) = [
+        part for part in text.split("\n## ") if part.startswith(f"`python run.py {title}`")
+    ]
+    return found.strip()
+
+
+ALL_CELLS = "--layer all --head all --atoms 1024 --passages 60"
+RESULTS = {  # the shipped JSON -> the command that wrote it
+    "replace": "replace",
+    **{f"cells-{kind}": f"replace --model {kind} {ALL_CELLS}" for kind in ARCHITECTURES},
+    **{
+        f"compare-{w}": f"compare --what {w}"
+        for w in ("sizes", "active", "variants", "seeds")
+    },
+    "atoms": "atoms",
+    "formula": "formula",
+    "steer": "steer",
+    "steer-head": "steer --reach head --value formula --key write",
+    "steer-smallest": "steer --smallest",
+    "erase": "erase",
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_pages_of_results_are_what_their_json_prints(name, capsys, tmp_path):
+    path, page = os.path.join(HERE, "figures", f"{name}.json"), tmp_path / "t.md"
+    words = [*RESULTS[name].split(), "--results", path, "--markdown", str(page)]
+    assert run.main(words) == 0
+    printed = capsys.readouterr().out.strip()
+    ours, theirs = page.read_text(), text_of("figures", "README.md")
+    assert section(ours, RESULTS[name]) == section(theirs, RESULTS[name])
+    assert name != "replace" or printed in text_of("README.md"), "README's first table"
+
+
+SAID = [  # figures of README.md: their JSON, which of its rows, what of each, one for each model
+    ("replace", {}, "{coverage:.0%}"),
+    ("replace", {}, "{untrained[coverage]:.0%}"),
+    ("replace", {}, "{untrained[kl_left_all]:.2f}"),
+    (
+        "replace",
+        {},
+        "{untrained[win_gain_all]:+.1%} [{untrained[win_gain_all_ci95][0]:.1%}, "
+        "{untrained[win_gain_all_ci95][1]:.1%}]",
+    ),
+    ("replace", {}, "{win_rate:.1%}"),
+    ("replace", {}, "{untrained[win_rate]:.1%}"),
+    ("replace", {}, "{projected_win_rate:.0%}"),
+    ("replace", {}, "{per_atom_win_rate:.0%}"),
+    ("replace", {}, "{n_atoms_often}"),
+    ("replace", {}, "{strict_order_rate:.0%}"),
+    ("compare-sizes", dict(name="2048"), "{coverage:.0%}"),
+    ("compare-sizes", dict(name="2048 untrained"), "{coverage:.0%}"),
+    ("compare-sizes", dict(name="16384"), "{coverage:.0%}"),
+    ("compare-sizes", dict(name="16384 untrained"), "{coverage:.0%}"),
+    ("compare-active", dict(name="32"), "{whole_recovered_all:.3f}"),
+    ("compare-active", dict(name="32 untrained"), "{whole_recovered_all:.3f}"),
+    ("atoms", dict(n_passages=400), "{population[often_share]:.0%}"),
+    ("atoms", dict(n_passages=400), "{population[token_purity]:.0%}"),
+    ("atoms", dict(n_passages=400), "{population[groups][delta_bic]:+.0f}"),
+    ("formula", {}, "{rungs[1][r2]:.2f}"),
+    ("formula", {}, "{rungs[6][r2]:.3f}"),
+    ("steer-smallest", dict(key="read"), "{magnitude:g}"),
+    ("steer-smallest", dict(key="read"), "{strata[0][persists_rate]:.0%}"),
+    ("steer-smallest", dict(key="read"), "{strata[1][persists_rate]:.0%}"),
+    ("steer-smallest", dict(key="read"), "{strata[0][random_persists_rate]:.0%}"),
+    ("steer-smallest", dict(key="read"), "{strata[0][edited_perplexity]:.0f}"),
+    ("steer-head", {}, "{strata[0][edited_rate]:.0%}"),
+    ("steer-head", {}, "{strata[0][native_rate]:.0%}"),
+    ("steer", dict(value="ascent"), "{strata[0][edited_rate]:.0%}"),
+    ("steer", dict(value="ascent"), "{strata[0][persists_rate]:.0%}"),
+    ("steer", dict(value="formula"), "{sign_rate:.0%}"),
+    ("steer", dict(value="gated"), "{sign_rate:.0%}"),
+    ("erase", {}, "{firing_median:.3f}"),
+    ("erase", {}, "{random_median:.4f}"),
+    ("erase", {}, "{elsewhere_median:.3f}"),
+    ("erase", {}, "{effect:.3f} [{effect_ci95[0]:.3f}, {effect_ci95[1]:.3f}]"),
+]
+
+
+@pytest.mark.parametrize("name, which, form", SAID)
+def test_what_the_readme_says_is_in_the_results(name, which, form):
+    rows = json.loads(text_of("figures", f"{name}.json"))
+    chosen = [r for r in rows if all(r.get(key) == x for key, x in which.items())]
+    said = " / ".join(form.format(**r).replace("%", "") for r in chosen)
+    assert said.count("/") == 2 and said in text_of("README.md"), said
+
+
+def test_what_is_no_file_of_results_is_refused():
     for wrong in (os.path.join(HERE, "README.md"), "nothing.json"):
         assert run.main(["replace", "--results", wrong]) == 2
+    path = os.path.join(HERE, "figures", "replace.json")
+    assert run.main(["replace", "--results", path, "--plot", "x.png"]) == 2
 
 
 def test_a_table_aligns_and_shows_what_is_missing(capsys):
-    printer = run.TablePrinter({"name ": "{name}", "rate": "{rate:.1%}", "deep": "{x[0][y]}"})
-    printer.print(dict(name="a", rate=0.123, x=[dict(y=3)]))
-    printer.print(dict(name="long", rate=math.nan))
+    columns = {"name ": "{name}", "rate": "{rate:.1%}", "deep": "{x[0][y]}"}
+    printer = run.TablePrinter(run.Experiment(None, columns, list, ""))
+    printer.row(dict(name="a", rate=0.123, x=[dict(y=3)]))
+    printer.row(dict(name="long", rate=math.nan))
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["name    rate  deep", "a      12.3%     3", "long       -     -"]
 
@@ -2119,15 +2427,12 @@ def test_a_table_aligns_and_shows_what_is_missing(capsys):
 # --------------------------------------------------------------------------------------------------
 # The README, the docstrings, and each definition pasted alone
 # --------------------------------------------------------------------------------------------------
-def text_of(*path: str) -> str:
-    with open(os.path.join(HERE, *path), encoding="utf-8") as f:
-        return f.read()
-
-
 def test_the_readmes_examples_run(tmp_path, monkeypatch):
     """Both Python blocks of "Your own tensors, your own model", as they stand there."""
     text, names = text_of("README.md"), {}
-    blocks = re.findall(r"```python\n(.*?)```", text[text.index("## Your own tensors") :], re.S)
+    blocks = re.findall(
+        r"```python\n(.*?)```", text[text.index("## Your own tensors") :], re.S
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").symlink_to(os.path.join(HERE, "checkpoints"))
     for block in blocks:
@@ -2135,7 +2440,9 @@ def test_the_readmes_examples_run(tmp_path, monkeypatch):
     assert len(blocks) == 2 and names["a"].shape == (10_000,)
     assert names["logits"].shape == (1, 4, 2048)
     (native, _), edited = names["model"](names["tokens"]), names["logits"]
-    assert torch.equal(native[:, 0], edited[:, 0]) and not torch.equal(native[:, 1], edited[:, 1])
+    assert torch.equal(native[:, 0], edited[:, 0]) and not torch.equal(
+        native[:, 1], edited[:, 1]
+    )
 
 
 def test_the_readmes_commands_parse_and_what_they_name_exists(monkeypatch):
@@ -2143,7 +2450,9 @@ def test_the_readmes_commands_parse_and_what_they_name_exists(monkeypatch):
     commands = [f"{name} {example}" for name, (_, _, example) in run.COMMANDS.items()]
     text = text_of("README.md") + text_of("figures", "README.md")
     commands += re.findall(r"^(?:\$ )?python run\.py (.*?)(?:\s+#.*)?$", text, re.M)
-    commands += re.findall(r"`python run\.py ([^`]+)`", text)  # in a line, and section titles
+    commands += re.findall(
+        r"`python run\.py ([^`]+)`", text
+    )  # in a line, and section titles
     for command in commands:
         run.parse(shlex.split(command))
     assert len(commands) > 20
@@ -2172,7 +2481,9 @@ def top_level(module) -> tuple[list, dict, dict]:
     return imports, made, values
 
 
-MODULES = pytest.mark.parametrize("module", [models, writesae, run], ids=lambda m: m.__name__)
+MODULES = pytest.mark.parametrize(
+    "module", [models, writesae, run], ids=lambda m: m.__name__
+)
 
 
 @MODULES
@@ -2278,7 +2589,11 @@ def test_pretrain_goes_on_as_if_it_had_never_stopped(tmp_path, monkeypatch, caps
     assert "going on from step 5" in capsys.readouterr().err and steps[8:] == [5, 6, 7, 8, 9]
     folders = [tmp_path / name / "mamba2" for name in ("whole", "halved")]
     for folder in folders:
-        assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "tokenizer.json"]
+        assert sorted(os.listdir(folder)) == [
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+        ]
     whole, halved = [folder.joinpath("model.safetensors").read_bytes() for folder in folders]
     assert whole == halved
     tokenizer = models.load_tokenizer(load(str(folders[0])))
@@ -2306,7 +2621,11 @@ def test_bench_compares_with_a_peer_doing_the_same(name):
     tokens = random_tokens(0, B=2, T=20)
     for at_once in (1,) if name == "rwkv7" else (1, 2):
         row = run.measured(args, *run.branches(model, peer, tokens, at_once))
-        assert row["ours"] > 0 and row["ratio"] == row["ours"] / row["peer"] and row["of_floor"] > 0
+        assert (
+            row["ours"] > 0
+            and row["ratio"] == row["ours"] / row["peer"]
+            and row["of_floor"] > 0
+        )
         assert row["peer_name"] == ("rwkv" if name == "rwkv7" else "transformers")
 
 

@@ -5,7 +5,7 @@ A recurrent layer of Gated DeltaNet, Mamba-2 or RWKV-7 writes one rank-1 matrix 
 token into its state (models.py). An atom of this SAE has the same shape, A_i = key_i value_iᵀ, so
 it can take a write's place in the model's memory:
 
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)       # each class and function is explained in its place
     sae = WriteSAE(n_atoms=1024, K=32, V=32)
     fit_alternating(sae, k, v, rng)              # k [N, K], v [N, V]: any writes, no model needed
     null = untrained(sae, k, v, rng)             # the null: random writes as atoms, no training
@@ -15,7 +15,8 @@ it can take a write's place in the model's memory:
 Words used throughout:
     write      k vᵀ, what one head adds to its state at one token
     atom       one matrix A_i of the dictionary, of unit norm
-    a          an atom's coefficient; the *dominant* atom of a write is the one with the largest
+    a          an atom's coefficient; the *dominant* atom of a write is the one with the largest.
+               (A_i is an atom; A_t, with a time, is the transition of models.py.)
     firing     the dominant atom stands for the write: cosine(a A, k vᵀ) ≥ 0.71, so that it explains
                half of the write's energy or more
     coverage   the share of positions with a firing
@@ -617,7 +618,7 @@ def restart(
 
 
 # ---- 4. The engine: a native run, a change of one head's state, and what the predictions say then
-HORIZONS = 11  # effects are read at the write's own step and the ten after it
+HORIZONS = 11  # at so many steps effects are read: the write's own and the ten after it
 BATCH_BYTES = 24_000_000  # of log-probabilities per branch: what a batch of passages may take
 
 Table = dict[str, Tensor]  # named columns, one row per tested position
