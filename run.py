@@ -208,8 +208,8 @@ def open_model(name: str, args) -> LanguageModel:
 
 
 def is_large(model: LanguageModel) -> bool:
-    """More than 100 million parameters: --quick then takes a quarter of its sample, formula no
-    fp64."""
+    """More than 100 million parameters: then a quarter of the metric's sample, and of what --quick
+    tests, and no fp64 for the formula."""
     return sum(p.numel() for p in model.parameters()) > 100_000_000
 
 
@@ -272,8 +272,8 @@ def new_sae(model: LanguageModel, layer: int, head: int, settings: dict) -> Writ
 
 def cell_metric(cell: Cell, corpus: Corpus, quick: bool) -> tuple[Tensor, Tensor]:
     """The read metric of a cell, from training text."""
-    n = METRIC_PASSAGES if not quick else 2 if is_large(cell.model) else 8
-    sample = corpus.windows(n, PASSAGE)
+    n = 8 if quick else METRIC_PASSAGES
+    sample = corpus.windows(n // 4 if is_large(cell.model) else n, PASSAGE)
     return writesae.read_metric(cell._replace(tokens=sample, positions=POSITIONS[::4]))
 
 
@@ -2009,9 +2009,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     outputs = ("--json", "--plot", "--records", "--markdown", "--results")
     kept = [w for i, w in enumerate(words) if not {w, words[i - 1]} & set(outputs)]
     args.title = f"`python run.py {' '.join(kept)}`"  # of its section in a Markdown file
-    for path in filter(None, (args.json, args.records, args.plot, args.markdown)):
-        there = os.path.isdir(os.path.dirname(os.path.abspath(path)))
-        require(there, f"{path}: cannot be written, its folder does not exist; make it first")
+    written = [args.json, args.records, args.plot, args.markdown]
+    for path in filter(None, [*written, args.sae if args.command == "train" else None]):
+        there = os.access(os.path.dirname(os.path.abspath(path)), os.W_OK)
+        advice = "its folder does not exist, or not for you; make it first"
+        require(there, f"{path}: cannot be written, {advice}")
     if args.command == "pretrain":
         known = set(args.models) <= set(EMBEDDED)
         require(known, f"pretrain --model {args.model}: allowed are {', '.join(EMBEDDED)}")

@@ -1014,6 +1014,28 @@ def test_every_setting_trains_travels_and_codes_one_as_many(
     assert_close(ours, theirs, atol=2e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("how", ["alternating", *writesae.DECODERS, "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("what", ["constant", "zero", "heads of size 1", "three"])
+def test_writes_with_nothing_to_learn_from_leave_no_nan(how, what):
+    X = dict(
+        constant=write_of(torch.ones(200, 6), torch.ones(200, 4)),
+        zero=write_of(torch.zeros(200, 6), torch.zeros(200, 4)),
+        three=random_writes(0, n=3),
+    ).get(what, random_writes(0, n=200, K=1, V=1))
+    K, V = X.keys.shape[-1], X.values.shape[-1]
+    if how == "alternating":
+        sae = WriteSAE(20, K, V)
+        fit_alternating(sae, X.keys[:, 0], X.values[:, 0], rng(0), steps=3, sample=100)
+    else:
+        kind = dict(decoder=how) if how in writesae.DECODERS else dict(sparsity=how)
+        sae = WriteSAE(20, K, V, active=2, **kind)
+        fit_gradient(sae, X, rng(0), steps=5, batch=32, dead_after=50, resample_every=2)
+    null = writesae.untrained(sae, X.keys[:, 0], X.values[:, 0], rng(0))
+    for codes in (sae, null):
+        assert all(x.isfinite().all() for x in codes.state_dict().values())
+        assert all(x.isfinite().all() for x in codes.encode(X))
+
+
 def test_a_centred_sae_codes_what_differs_from_the_mean_of_its_inputs():
     sae, X = WriteSAE(8, 6, 4, centred=True), matrix_of(random_writes(0, n=50).matrix() + 3)
     random_metric(sae, 1)

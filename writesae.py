@@ -112,12 +112,12 @@ def leading_pair(X: Factored) -> Factored:
 
 # ---- 2. The sparse autoencoder -------------------------------------------------------------------
 class Bank(nn.Module):
-    """n matrices, each Σ_r key_r value_rᵀ. Rank K means any matrix: the keys are the K unit
-    vectors, and stay so."""
+    """n matrices, each Σ_r key_r value_rᵀ. Rank "any": the keys are the K unit vectors, and stay
+    so; the values are then the matrix's rows."""
 
-    def __init__(self, n: int, rank: int, K: int, V: int):
+    def __init__(self, n: int, rank: int | str, K: int, V: int):
         super().__init__()
-        self.fixed = rank >= K
+        self.fixed = rank == "any"
         keys = torch.eye(K)[None] if self.fixed else torch.zeros(n, rank, K)
         self.keys = nn.Parameter(keys, requires_grad=not self.fixed)  # [n, rank, K] or [1, K, K]
         self.values = nn.Parameter(torch.zeros(n, keys.shape[1], V))  # [n, rank, V]
@@ -229,11 +229,10 @@ class WriteSAE(nn.Module):
         self.n_atoms, self.active, self.sparsity = n_atoms, active, sparsity
         # simplification: batchtopk and jumprelu give an input at most four times `active` atoms
         self.most = active if sparsity in ("topk", "pursuit") else min(n_atoms, 4 * active)
-        rank = {"any": K, 1: min(1, K), 2: min(2, K)}
-        self.atoms = Bank(n_atoms, rank[DECODERS[decoder]], K, V)
+        self.atoms = Bank(n_atoms, DECODERS[decoder], K, V)
         self.readers = self.atoms
         if encoder != "tied":
-            self.readers = Bank(n_atoms, rank[ENCODERS[encoder]], K, V)
+            self.readers = Bank(n_atoms, ENCODERS[encoder], K, V)
         self.register_buffer("to_k", torch.eye(K))
         self.register_buffer("to_v", torch.eye(V))
         self.register_buffer("mean", torch.zeros(K, V) if centred else None)
@@ -595,7 +594,7 @@ def auxiliary_loss(
     scores = sae.readers.products(R)[:, dead].relu()
     a, best = scores.topk(min(k_aux, len(dead)))
     left = R.minus(sae.assemble(dead[best], a))
-    return inner(left, left).mean() / inner(R, R).mean()
+    return inner(left, left).mean() / inner(R, R).mean().clamp_min(1e-30)
 
 
 def restart(
