@@ -24,8 +24,9 @@ Words used throughout:
     effect     KL(native ‖ edited) of the next-token distribution, summed over the write's step and
                the ten after it, in nats
 
-Order of this file: matrices as factors - the SAE - its training - the engine: branches of a run -
-the replacement test - the logit-change formula - steering - erasing - a population of atoms.
+Order of this file: matrices as factors - the SAE - its null and its training - the engine: branches
+of a run - the replacement test; then, experiments of their own: training by gradients - firings -
+the logit-change formula - steering - erasing - a population of atoms.
 
 Reference: WriteSAE, arXiv 2605.12770 ("the paper"). States and writes are key first, [K, V].
 """
@@ -366,27 +367,7 @@ class WriteSAE(nn.Module):
         return sae.requires_grad_(False)
 
 
-class Step(torch.autograd.Function):
-    """1 where a > threshold, else 0; the threshold learns from inputs within width/2 of it: the
-    straight-through estimator of JumpReLU SAEs (arXiv 2407.14435), whose a · Step has both
-    gradients that it needs."""
-
-    @staticmethod
-    def forward(ctx, a: Tensor, threshold: Tensor, width: float = 0.05):
-        """a, threshold [...] -> [...]"""
-        ctx.save_for_backward(a, threshold)
-        ctx.width = width
-        return (a > threshold).to(a.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        """To the threshold −1/width where |a − threshold| < width/2; to a nothing."""
-        a, threshold = ctx.saved_tensors
-        near = ((a - threshold).abs() < ctx.width / 2).to(a.dtype)
-        return None, -grad * near / ctx.width, None
-
-
-# ---- 3. Training: from tensors alone, no model needed --------------------------------------------
+# ---- 3. The null, and training: from tensors alone, no model needed ------------------------------
 def untrained(
     sae: WriteSAE,
     k: Tensor,
@@ -496,124 +477,6 @@ def fit_alternating(
             total[unused] = 0
         history.append(a.square().mean().item())
     return history
-
-
-def fit_gradient(
-    sae: WriteSAE,
-    X: Factored,
-    generator: torch.Generator,
-    steps: int = 2000,
-    batch: int = 1024,
-    lr: float = 1e-3,
-    k_aux: int = 64,
-    dead_after: int = 100_000,
-    resample_every: int = 400,
-    progress=iter,
-) -> list[float]:
-    """Adam on the reconstruction error ‖X − X̂‖² of unit inputs, for every setting and source.
-
-    The error comes from products of factors, no K x V matrix is formed. An atom is dead once
-    `dead_after` samples passed without it. The k_aux best of the dead explain what is left, as in
-    arXiv 2406.04093 (residual detached, weight 1/32), and every `resample_every` steps but the last
-    the dead restart at the inputs coded worst, with Adam's memory of them cleared. JumpReLU adds
-    (L0/active − 1)²/10 to hold the number of active atoms.
-
-    X: N matrices in the model's coordinates. Trains sae in place; returns the unexplained share of
-    energy of every step.
-    """
-    X = unit_inputs(sae, X)
-    sae.start(torch.arange(sae.n_atoms), draw(X, sae.n_atoms, generator))
-    if sae.threshold is not None:
-        set_threshold(sae, draw(X, batch, generator))
-    optimiser = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr)
-    silent = torch.zeros(sae.n_atoms, device=X.keys.device)  # samples since an atom was active
-    history = []
-    for step in progress(range(steps)):
-        optimiser.param_groups[0]["lr"] = lr * schedule(step, steps)
-        x = draw(X, batch, generator)
-        index, a = sae.select(sae.readers.products(x), training=True)
-        R = x.minus(sae.assemble(index, a))
-        error = inner(R, R)  # [batch]
-        silent += batch
-        silent[index[a > 0]] = 0
-        dead = (silent > dead_after).nonzero()[:, 0]
-        loss = error.mean()
-        if len(dead):
-            loss = loss + auxiliary_loss(sae, R, dead, k_aux) / 32
-        if sae.sparsity == "jumprelu":
-            loss = loss + sparsity_loss(sae, index, a) / 10
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        sae.atoms.normalise()
-        if (step + 1) % resample_every == 0 and step + resample_every < steps:
-            silent[restart(sae, optimiser, dead, R, error)] = 0
-        history.append(error.mean().item())
-    return history
-
-
-@torch.no_grad()
-def unit_inputs(sae: WriteSAE, X: Factored) -> Factored:
-    """N matrices in the SAE's coordinates, at unit norm; a centred SAE takes their mean as its
-    own."""
-    if sae.mean is not None:
-        keys, values = X.keys @ sae.to_k, X.values @ sae.to_v
-        total = keys.flatten(0, 1).T @ values.flatten(0, 1)  # Σ over all factors, [K, V]
-        sae.mean.copy_(total / len(keys))
-    X = sae.see(X)
-    return X.times(1 / inner(X, X).sqrt().clamp_min(1e-30))
-
-
-def set_threshold(sae: WriteSAE, X: Factored):
-    """The threshold that `active` atoms pass on the average over the unit inputs X."""
-    scores = sae.readers.products(X).relu().flatten()
-    passing = scores.topk(sae.active * len(X.keys)).values
-    sae.threshold.data.fill_(passing[-1].item())
-
-
-def schedule(step: int, steps: int) -> float:
-    """The learning rate's share of its peak: up over 50 steps, along a cosine down to a tenth."""
-    cosine_to_a_tenth = 0.55 + 0.45 * math.cos(math.pi * step / steps)
-    return min(1, (step + 1) / 50) * cosine_to_a_tenth
-
-
-def sparsity_loss(sae: WriteSAE, index: Tensor, a: Tensor) -> Tensor:
-    """JumpReLU's (L0/active − 1)², through which the thresholds learn."""
-    number = Step.apply(a.detach(), sae.threshold[index]).sum(-1).mean()
-    return (number / sae.active - 1).square()
-
-
-def auxiliary_loss(
-    sae: WriteSAE,
-    R: Factored,
-    dead: Tensor,
-    k_aux: int,
-) -> Tensor:
-    """The share of the residual R's energy that the k_aux best of the dead atoms leave."""
-    R = Factored(R.keys.detach(), R.values.detach())
-    scores = sae.readers.products(R)[:, dead].relu()
-    a, best = scores.topk(min(k_aux, len(dead)))
-    left = R.minus(sae.assemble(dead[best], a))
-    return inner(left, left).mean() / inner(R, R).mean().clamp_min(1e-30)
-
-
-def restart(
-    sae: WriteSAE,
-    optimiser,
-    dead: Tensor,
-    R: Factored,
-    error: Tensor,
-) -> Tensor:
-    """Put dead atoms at the inputs with the largest errors (their residuals R), and clear Adam's
-    running means of them. Returns which were put there."""
-    worst = error.argsort(descending=True)[: len(dead)]
-    restarted = dead[: len(worst)]
-    sae.start(restarted, R.rows(worst))
-    for parameter, memory in optimiser.state.items():
-        if len(parameter) == sae.n_atoms:
-            memory["exp_avg"][restarted] = 0
-            memory["exp_avg_sq"][restarted] = 0
-    return restarted
 
 
 # ---- 4. The engine: a native run, a change of one head's state, and what the predictions say then
@@ -831,65 +694,6 @@ def read_metric(cell: Cell, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
         return scaled + ridge * torch.eye(len(M), device=device)
 
     return mixed(M_k), mixed(M_v)
-
-
-@torch.inference_mode()
-def codes(cell: Cell) -> Table:
-    """How the cell's SAE codes each write of its text: a row per token, with passage, position,
-    token, the dominant atom (index), its coefficient a, and the cosine of a A with the write."""
-    parts = []
-    for passage in torch.arange(len(cell.tokens)).split(8):
-        tokens = cell.tokens[passage]
-        (X,) = collect(cell.model, tokens, cell.layer, [cell.head])
-        index, a, A = cell.sae.dominant(X)
-        position = torch.arange(tokens.shape[1]).repeat(len(passage))
-        part = dict(passage=passage.repeat_interleave(tokens.shape[1]), position=position)
-        part |= dict(token=tokens.flatten(), index=index, a=a)
-        parts.append(part | dict(cosine=cosine(A, X)))
-    return stack(parts)
-
-
-def some_rows(table: Table, rows: Tensor) -> Table:
-    """The rows of a table at an index, or where `rows` is true."""
-    return {name: x[rows.to(x.device)] for name, x in table.items()}
-
-
-def firings(cell: Cell, table: Table) -> Table:
-    """The rows of `codes` where an atom fires at one of the cell's positions. Raises InputError if
-    there are none."""
-    fires = (table["a"] > 0) & (table["cosine"] >= cell.sae.cfg["cosine_min"])
-    at = some_rows(table, fires & torch.isin(table["position"], torch.tensor(cell.positions)))
-    none = "no atom fires here: take more --passages or a lower --cosine-min"
-    require(len(at["index"]) > 0, none)
-    return at
-
-
-def events(cell: Cell, at: Table):
-    """Yield Points whose rows are rows of a table with columns passage and position, and which."""
-    for p in points(cell._replace(positions=at["position"].unique().tolist())):
-        here = (at["position"] == p.t) & torch.isin(at["passage"], p.passage.cpu())
-        which = here.nonzero()[:, 0]
-        if len(which):
-            yield p.rows(at["passage"][which].to(p.passage) - p.passage[0]), which
-
-
-def atoms_at(cell: Cell, at: Table) -> Factored:
-    """a A of every row of `codes`."""
-    device = cell.tokens.device
-    return cell.sae.decode(at["index"][:, None].to(device), at["a"][:, None].to(device))
-
-
-@torch.inference_mode()
-def taken_out(cell: Cell, at: Table, X: Factored) -> Tensor:
-    """What every token loses if X_i is taken out of the state at the i-th row of `at` (passage,
-    position): the change of its log-probability in nats, the mean over the write's step and the ten
-    after it. -> [N, vocab]"""
-    change = torch.zeros(len(at["passage"]), cell.model.vocab)
-    for p, i in events(cell, at):
-        out = X.rows(i.to(p.passage.device))
-        edited = p.branch(out._replace(values=-out.values))
-        change[i] = (edited - p.logp).mean(1).cpu().float()
-    return change
 
 
 # ---- 5. The replacement test ---------------------------------------------------------------------
@@ -1111,7 +915,206 @@ def untrained_figures(table: Table, cosine_min: float, generator: torch.Generato
 
 
 # ==== The main job ends here. Each section below is an experiment of its own on this engine ====
-# ---- 6. The logit-change formula: from the paper's three factors to the exact second order -------
+# ---- 6. Training by gradients: for every setting and for states, as in the paper -----------------
+def fit_gradient(
+    sae: WriteSAE,
+    X: Factored,
+    generator: torch.Generator,
+    steps: int = 2000,
+    batch: int = 1024,
+    lr: float = 1e-3,
+    k_aux: int = 64,
+    dead_after: int = 100_000,
+    resample_every: int = 400,
+    progress=iter,
+) -> list[float]:
+    """Adam on the reconstruction error ‖X − X̂‖² of unit inputs, for every setting and source.
+
+    The error comes from products of factors, no K x V matrix is formed. An atom is dead once
+    `dead_after` samples passed without it. The k_aux best of the dead explain what is left, as in
+    arXiv 2406.04093 (residual detached, weight 1/32), and every `resample_every` steps but the last
+    the dead restart at the inputs coded worst, with Adam's memory of them cleared. JumpReLU adds
+    (L0/active − 1)²/10 to hold the number of active atoms.
+
+    X: N matrices in the model's coordinates. Trains sae in place; returns the unexplained share of
+    energy of every step.
+    """
+    X = unit_inputs(sae, X)
+    sae.start(torch.arange(sae.n_atoms), draw(X, sae.n_atoms, generator))
+    if sae.threshold is not None:
+        set_threshold(sae, draw(X, batch, generator))
+    optimiser = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr)
+    silent = torch.zeros(sae.n_atoms, device=X.keys.device)  # samples since an atom was active
+    history = []
+    for step in progress(range(steps)):
+        optimiser.param_groups[0]["lr"] = lr * schedule(step, steps)
+        x = draw(X, batch, generator)
+        index, a = sae.select(sae.readers.products(x), training=True)
+        R = x.minus(sae.assemble(index, a))
+        error = inner(R, R)  # [batch]
+        silent += batch
+        silent[index[a > 0]] = 0
+        dead = (silent > dead_after).nonzero()[:, 0]
+        loss = error.mean()
+        if len(dead):
+            loss = loss + auxiliary_loss(sae, R, dead, k_aux) / 32
+        if sae.sparsity == "jumprelu":
+            loss = loss + sparsity_loss(sae, index, a) / 10
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        sae.atoms.normalise()
+        if (step + 1) % resample_every == 0 and step + resample_every < steps:
+            silent[restart(sae, optimiser, dead, R, error)] = 0
+        history.append(error.mean().item())
+    return history
+
+
+@torch.no_grad()
+def unit_inputs(sae: WriteSAE, X: Factored) -> Factored:
+    """N matrices in the SAE's coordinates, at unit norm; a centred SAE takes their mean as its
+    own."""
+    if sae.mean is not None:
+        keys, values = X.keys @ sae.to_k, X.values @ sae.to_v
+        total = keys.flatten(0, 1).T @ values.flatten(0, 1)  # Σ over all factors, [K, V]
+        sae.mean.copy_(total / len(keys))
+    X = sae.see(X)
+    return X.times(1 / inner(X, X).sqrt().clamp_min(1e-30))
+
+
+def set_threshold(sae: WriteSAE, X: Factored):
+    """The threshold that `active` atoms pass on the average over the unit inputs X."""
+    scores = sae.readers.products(X).relu().flatten()
+    passing = scores.topk(sae.active * len(X.keys)).values
+    sae.threshold.data.fill_(passing[-1].item())
+
+
+def schedule(step: int, steps: int) -> float:
+    """The learning rate's share of its peak: up over 50 steps, along a cosine down to a tenth."""
+    cosine_to_a_tenth = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+    return min(1, (step + 1) / 50) * cosine_to_a_tenth
+
+
+def sparsity_loss(sae: WriteSAE, index: Tensor, a: Tensor) -> Tensor:
+    """JumpReLU's (L0/active − 1)², through which the thresholds learn."""
+    number = Step.apply(a.detach(), sae.threshold[index]).sum(-1).mean()
+    return (number / sae.active - 1).square()
+
+
+def auxiliary_loss(
+    sae: WriteSAE,
+    R: Factored,
+    dead: Tensor,
+    k_aux: int,
+) -> Tensor:
+    """The share of the residual R's energy that the k_aux best of the dead atoms leave."""
+    R = Factored(R.keys.detach(), R.values.detach())
+    scores = sae.readers.products(R)[:, dead].relu()
+    a, best = scores.topk(min(k_aux, len(dead)))
+    left = R.minus(sae.assemble(dead[best], a))
+    return inner(left, left).mean() / inner(R, R).mean().clamp_min(1e-30)
+
+
+def restart(
+    sae: WriteSAE,
+    optimiser,
+    dead: Tensor,
+    R: Factored,
+    error: Tensor,
+) -> Tensor:
+    """Put dead atoms at the inputs with the largest errors (their residuals R), and clear Adam's
+    running means of them. Returns which were put there."""
+    worst = error.argsort(descending=True)[: len(dead)]
+    restarted = dead[: len(worst)]
+    sae.start(restarted, R.rows(worst))
+    for parameter, memory in optimiser.state.items():
+        if len(parameter) == sae.n_atoms:
+            memory["exp_avg"][restarted] = 0
+            memory["exp_avg_sq"][restarted] = 0
+    return restarted
+
+
+class Step(torch.autograd.Function):
+    """1 where a > threshold, else 0; the threshold learns from inputs within width/2 of it: the
+    straight-through estimator of JumpReLU SAEs (arXiv 2407.14435), whose a · Step has both
+    gradients that it needs."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, threshold: Tensor, width: float = 0.05):
+        """a, threshold [...] -> [...]"""
+        ctx.save_for_backward(a, threshold)
+        ctx.width = width
+        return (a > threshold).to(a.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """To the threshold −1/width where |a − threshold| < width/2; to a nothing."""
+        a, threshold = ctx.saved_tensors
+        near = ((a - threshold).abs() < ctx.width / 2).to(a.dtype)
+        return None, -grad * near / ctx.width, None
+
+
+# ---- 7. Firings of a cell's SAE, and what is lost without them -----------------------------------
+@torch.inference_mode()
+def codes(cell: Cell) -> Table:
+    """How the cell's SAE codes each write of its text: a row per token, with passage, position,
+    token, the dominant atom (index), its coefficient a, and the cosine of a A with the write."""
+    parts = []
+    for passage in torch.arange(len(cell.tokens)).split(8):
+        tokens = cell.tokens[passage]
+        (X,) = collect(cell.model, tokens, cell.layer, [cell.head])
+        index, a, A = cell.sae.dominant(X)
+        position = torch.arange(tokens.shape[1]).repeat(len(passage))
+        part = dict(passage=passage.repeat_interleave(tokens.shape[1]), position=position)
+        part |= dict(token=tokens.flatten(), index=index, a=a)
+        parts.append(part | dict(cosine=cosine(A, X)))
+    return stack(parts)
+
+
+def some_rows(table: Table, rows: Tensor) -> Table:
+    """The rows of a table at an index, or where `rows` is true."""
+    return {name: x[rows.to(x.device)] for name, x in table.items()}
+
+
+def firings(cell: Cell, table: Table) -> Table:
+    """The rows of `codes` where an atom fires at one of the cell's positions. Raises InputError if
+    there are none."""
+    fires = (table["a"] > 0) & (table["cosine"] >= cell.sae.cfg["cosine_min"])
+    at = some_rows(table, fires & torch.isin(table["position"], torch.tensor(cell.positions)))
+    none = "no atom fires here: take more --passages or a lower --cosine-min"
+    require(len(at["index"]) > 0, none)
+    return at
+
+
+def events(cell: Cell, at: Table):
+    """Yield Points whose rows are rows of a table with columns passage and position, and which."""
+    for p in points(cell._replace(positions=at["position"].unique().tolist())):
+        here = (at["position"] == p.t) & torch.isin(at["passage"], p.passage.cpu())
+        which = here.nonzero()[:, 0]
+        if len(which):
+            yield p.rows(at["passage"][which].to(p.passage) - p.passage[0]), which
+
+
+def atoms_at(cell: Cell, at: Table) -> Factored:
+    """a A of every row of `codes`."""
+    device = cell.tokens.device
+    return cell.sae.decode(at["index"][:, None].to(device), at["a"][:, None].to(device))
+
+
+@torch.inference_mode()
+def taken_out(cell: Cell, at: Table, X: Factored) -> Tensor:
+    """What every token loses if X_i is taken out of the state at the i-th row of `at` (passage,
+    position): the change of its log-probability in nats, the mean over the write's step and the ten
+    after it. -> [N, vocab]"""
+    change = torch.zeros(len(at["passage"]), cell.model.vocab)
+    for p, i in events(cell, at):
+        out = X.rows(i.to(p.passage.device))
+        edited = p.branch(out._replace(values=-out.values))
+        change[i] = (edited - p.logp).mean(1).cpu().float()
+    return change
+
+
+# ---- 8. The logit-change formula: from the paper's three factors to the exact second order -------
 RUNGS = {  # each rung -> the order in the edit's size to which it is exact (0: not even the first)
     "three factors": 0,
     "three factors, fitted": 0,
@@ -1290,7 +1293,7 @@ def ladder_figures(table: Table) -> list[dict]:
     return rungs
 
 
-# ---- 7. Steering: edits of the memory after which a token appears --------------------------------
+# ---- 9. Steering: edits of the memory after which a token appears --------------------------------
 EDITED = 3  # positions edited: the prompt's last three
 NEW = 20  # tokens decoded after them
 KEY_SIDES = ("write", "read")
@@ -1643,7 +1646,7 @@ def steering_figures(edited: Table, native: Table, random: Table) -> dict:
     )
 
 
-# ---- 8. Erasing: an atom taken out where it fires ------------------------------------------------
+# ---- 10. Erasing: an atom taken out where it fires -----------------------------------------------
 def every_second(file: Tensor) -> Tensor:
     """True for passages of every second file: there we choose, on the others we test. [P] -> [P]"""
     files = file.unique()
@@ -1746,7 +1749,7 @@ def erasure_figures(table: Table, generator: torch.Generator) -> dict:
     return figures | dict(effect_ci95=cluster_bootstrap(effect, table["file"], generator))
 
 
-# ---- 9. A population of atoms --------------------------------------------------------------------
+# ---- 11. A population of atoms -------------------------------------------------------------------
 def token_shares(at: Table) -> tuple[Tensor, Tensor, Tensor]:
     """Of firings (`codes`) the atoms, how often each fires, and the share of its firings that are
     on its most frequent token: [n] each."""
