@@ -10,10 +10,10 @@ S is a memory. A token *writes* its value v under its key k, and *reads* what is
 query q. So that S does not fill up, all of it *decays* a little with each token. And before a key
 is written anew, what is stored under it is looked up (erase_inᵀ S) and a part of that taken out
 (along erase_out): the *erase*, or delta rule. The models differ in how they make the six tensors
-from their input x. Gated DeltaNet: α (how much is kept) and β (how much is written anew), both in
-(0, 1). Mamba-2: a step size Δ > 0, a decay rate A < 0; its key is called B, its query C. RWKV-7:
-the query is called r, the decay w; a unit vector κ̂ to erase along, at a rate a in (0, 1) per key
-channel; k_a is learned.
+from their input h. Gated DeltaNet: α (how much is kept) and β (how much is written anew), both in
+(0, 1). Mamba-2: a step size Δ > 0, a decay rate A < 0; its key is called B, its query C, its value
+is Δ x (B, C and x are projections of h). RWKV-7: the query is called r, the decay w; a unit vector
+κ̂ to erase along, at a rate a in (0, 1) per key channel; k_a is learned.
 
     role     here        shape            Gated DeltaNet    Mamba-2          RWKV-7
     query    q           [B, T, H, K]     q/√K, unit norm   C                r
@@ -26,6 +26,7 @@ channel; k_a is learned.
 The state is key first everywhere: [K, V], K = key size, V = value size. B batch, T time, H heads, D
 width of the residual stream; layers and heads count from 0. The recurrence runs in fp32 whatever
 the weights' dtype. Tests hold the logits to 2e-4 of the official code's (transformers; rwkv).
+(`check_...` and `whole_ratio` say what is wrong with an input; skip them, they stand in section 7.)
 Papers: Gated DeltaNet arXiv 2412.06464; Mamba-2 arXiv 2405.21060; RWKV-7 arXiv 2503.14456.
 """
 
@@ -163,9 +164,8 @@ def propagate(key: Tensor, s: StepInputs) -> tuple[Tensor, Tensor]:
     ([1.0, 0.25], [0.25, 0.0])
     """
     later = s.q.shape[1] - 1
-    keys = F.pad(key[:, None], (0, 0, 0, 0, 0, later))  # [B, T, H, K]
-    ones = torch.ones_like(key[:, None, :, :1])
-    ones = F.pad(ones, (0, 0, 0, 0, 0, later))  # [B, T, H, 1]
+    keys = F.pad(key[:, None], (0, 0, 0, 0, 0, later))  # [B, T, H, K], zero after the first step
+    ones = torch.ones_like(keys[..., :1])  # [B, T, H, 1]
     gain, u = recurrence(s._replace(k=keys, v=ones))
     return gain[..., 0], u[..., 0]
 
@@ -201,10 +201,11 @@ def apply_edits(o: Tensor, state: Tensor, s: StepInputs, start: int, edits: list
 # ---- 3. Three adapters: from a layer's input to the six tensors, from the reads o to its output
 #
 #    inputs(h, cache, v_first) -> StepInputs, rest, cache    h [B, T, D]; rest: what `output` needs
-#    gate_and_scale(o, s, rest) -> gate [B, T, H, V], scale [B, T, H, 1]       o [B, T, H, V]
-#    output(o, s, rest) -> [B, T, D]: W_out(gate · scale · o + ...), scale a norm's 1/rms
+#    gate_and_scale(o, rest) -> gate [B, T, H, V], scale [B, T, H, 1]          o [B, T, H, V]
+#    output(o, rest) -> [B, T, D]: W_out(gate · scale · o + ...), scale a norm's 1/rms
 #
-# With the scale held fixed, the output is linear in o. A cache: a dict of tensors, at first empty.
+# With the scale held fixed, the output is affine in o (RWKV-7: in o − mean o).
+# A cache: a dict of tensors, at first empty.
 linear = functools.partial(nn.Linear, bias=False)  # linear(n, m): x [..., n] -> W x [..., m]
 
 
@@ -214,10 +215,10 @@ def per_head(x: Tensor, heads: int) -> Tensor:
 
 
 def causal_conv(x: Tensor, tail: Tensor | None, conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
-    """silu of a causal depthwise convolution of width W: y_t = Σ_i weight_i x_{t−W+1+i} + bias.
+    """silu(Σ_i weight_i x_{t−W+1+i} + bias), a causal depthwise convolution of W taps.
 
     x [B, T, C]; tail [B, W−1, C], the inputs just before x; the last tap meets the current token.
-    Returns y, new tail. (Faster than conv(x), which wants [B, C, T].)
+    Returns it [B, T, C], and the new tail. (Faster than conv(x), which wants [B, C, T].)
     """
     T, taps = x.shape[1], conv.weight[:, 0].T.contiguous()  # [W, C]
     past = x.new_zeros(len(x), len(taps) - 1, x.shape[2]) if tail is None else tail
@@ -295,14 +296,14 @@ class GatedDeltaNet(nn.Module):
         s = StepInputs(q, k, beta * v, log_alpha, erase_in=k, erase_out=erase_out)
         return s, self.in_proj_z(h), {"tail": tail}
 
-    def gate_and_scale(self, o, s, z):
+    def gate_and_scale(self, o, z):
         """RMSNorm(o) silu(z) = o / rms(o) · w · silu(z): gate = silu(z) w, scale = 1/rms(o)."""
         gate = F.silu(per_head(z, self.heads)) * self.norm.weight
         return gate, self.norm.scale(o)
 
-    def output(self, o, s, z):
+    def output(self, o, z):
         """W_out( gate · scale · o ): norm, then gate."""
-        gate, scale = self.gate_and_scale(o, s, z)
+        gate, scale = self.gate_and_scale(o, z)
         return self.out_proj((gate * scale * o).flatten(-2).to(z.dtype))
 
 
@@ -317,11 +318,11 @@ class Mamba2(nn.Module):
         super().__init__()
         self.heads, self.groups, self.K, self.V = heads, groups, K, V
         self.repeats, self.time_step_limit = whole_ratio(heads, groups), time_step_limit
-        C = heads * V + 2 * groups * K  # channels of x|B|C
+        C = heads * V + 2 * groups * K  # channels of x|B|C (not the query C)
         self.in_proj = nn.Linear(width, heads * V + C + heads, bias=bias)
         self.conv1d = nn.Conv1d(C, C, conv_width, groups=C, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.ones(heads))
-        self.D = nn.Parameter(torch.ones(heads))
+        self.D = nn.Parameter(torch.ones(heads))  # what x adds past the state (not the width D)
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.norm = RMSNorm(heads * V, eps)
         self.out_proj = nn.Linear(heads * V, width, bias=bias)
@@ -341,7 +342,7 @@ class Mamba2(nn.Module):
         s = StepInputs(q=C, k=B, v=delta * x, log_decay=delta * A)
         return s, (self.D.unsqueeze(-1) * x, z), {"tail": tail}
 
-    def gate_and_scale(self, o, s, rest):
+    def gate_and_scale(self, o, rest):
         """For u = (o + D x) silu(z): gate = silu(z) w, scale = 1 / rms of u over a group."""
         Dx, z = rest
         silu = F.silu(per_head(z, self.heads))
@@ -349,10 +350,10 @@ class Mamba2(nn.Module):
         scale = self.norm.scale(u).repeat_interleave(self.repeats, 2)  # [B, T, H, 1]
         return silu * per_head(self.norm.weight, self.heads), scale
 
-    def output(self, o, s, rest):
+    def output(self, o, rest):
         """W_out( gate · scale · (o + D x) ): gate, then norm."""
         Dx, z = rest
-        gate, scale = self.gate_and_scale(o, s, rest)
+        gate, scale = self.gate_and_scale(o, rest)
         return self.out_proj((gate * scale * (o + Dx)).flatten(-2).to(z.dtype))
 
 
@@ -394,7 +395,7 @@ class RWKV7(nn.Module):
         self.g_norm = nn.GroupNorm(heads, heads * V, eps)  # holds the weights of each head's norm
 
     def inputs(self, h, cache, v_first=None):
-        """h [B, T, D], v_first [B, T, H, V] (None in layer 0) -> the six tensors, gate g, tail."""
+        """h [B, T, D], v_first [B, T, H, V] (None in layer 0) -> the six, (g, bonus), the tail."""
         H, (shift, tail) = self.heads, token_shift(h, cache.get("tail"))
         r = per_head(self.r_proj(h + shift * self.x_r), H)  # [B, T, H, K]
         k = per_head(self.k_proj(h + shift * self.x_k), H)  # [B, T, H, K]
@@ -408,17 +409,18 @@ class RWKV7(nn.Module):
         kappa = F.normalize(k * per_head(self.k_k, H), dim=-1)
         k = k * (1 + (a - 1) * per_head(self.k_a, H))
         s = StepInputs(r, k, v, log_w, erase_in=kappa, erase_out=a * kappa)
-        return s, self.g_lora(h + shift * self.x_g), {"tail": tail}
+        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v  # [B, T, H, V]
+        return s, (self.g_lora(h + shift * self.x_g), bonus), {"tail": tail}
 
-    def gate_and_scale(self, o, s, g):
+    def gate_and_scale(self, o, rest):
         """g GroupNorm(o) = g ((o − mean o) / std(o) · w + bias): gate = g w, scale = 1/std(o)."""
+        g, _ = rest
         scale = torch.rsqrt(o.var(-1, keepdim=True, unbiased=False) + self.eps)
         return per_head(g, self.heads) * per_head(self.g_norm.weight, self.heads), scale
 
-    def output(self, o, s, g):
+    def output(self, o, rest):
         """W_out( gate · scale · (o − mean o) + g · (bias + (Σ_K r k r_k) v) )."""
-        gate, scale = self.gate_and_scale(o, s, g)
-        bonus = (s.q * s.k * self.r_k).sum(-1, keepdim=True) * s.v
+        (g, bonus), (gate, scale) = rest, self.gate_and_scale(o, rest)
         y = gate * scale * (o - o.mean(-1, keepdim=True))
         y = y + per_head(g, self.heads) * (per_head(self.g_norm.bias, self.heads) + bonus)
         return self.out_proj(y.flatten(-2).to(g.dtype))
@@ -533,13 +535,13 @@ class Block(nn.Module):
             y, new = self.mixer(self.norm1(x), cache)
             return Stream(x + y, v_first), new
         s, rest, new = self.mixer.inputs(self.norm1(x), cache, v_first)
-        with torch.autocast(x.device.type, enabled=False):  # fp32, also where training is not
-            o, state = recurrence_chunked(s, cache.get("state"))
+        with torch.autocast(x.device.type, enabled=False):  # the recurrence stays fp32
+            o, state = recurrence_chunked(s, cache.get("state"))  # `recurrence`, faster: section 6
         if edits:
             o, state = apply_edits(o, state, s, start, edits)
         if isinstance(self.mixer, RWKV7) and v_first is None:
             v_first = s.v
-        return Stream(x + self.mixer.output(o, s, rest), v_first), new | {"state": state}
+        return Stream(x + self.mixer.output(o, rest), v_first), new | {"state": state}
 
     def feed(self, stream: Stream, cache: dict) -> tuple[Stream, dict]:
         """The second half, and the MLP's new cache."""
@@ -558,7 +560,7 @@ class LanguageModel(nn.Module):
         self.name, self.folder = architecture, None  # `load` knows better
         self.embedding, self.embed_norm = nn.Embedding(vocab, width), embed_norm
         self.layers, self.norm = nn.ModuleList(blocks), norm
-        self.head = None if tied else linear(width, vocab)
+        self.lm_head = None if tied else linear(width, vocab)
         self.recurrent_layers = [i for i, block in enumerate(blocks) if block.recurrent]
 
     @property
@@ -569,7 +571,7 @@ class LanguageModel(nn.Module):
     @property
     def unembedding(self) -> Tensor:
         """The output map, [vocab, D]."""
-        return (self.embedding if self.head is None else self.head).weight
+        return (self.embedding if self.lm_head is None else self.lm_head).weight
 
     def out_map(self, layer: int) -> Tensor:
         """A recurrent layer's output map by heads, [D, H, V], at least fp32."""
@@ -644,10 +646,11 @@ def decayed_scores(x, log_x, ys: list[Tensor], log_y, diagonal: int) -> list[Ten
 
     x, y [..., C, K], logs [..., C, 1|K] -> [..., C, C]. Only differences of logs are exponentiated.
     One decay per head leaves the sum. One per channel: both sides are measured from the middle of
-    the chunk (C ≤ 16 and a decay ≥ 0.545 a step stay far inside fp32).
+    the chunk; C ≤ 16 and RWKV-7's decay, at least exp(−e^{−1/2}) = 0.545 a step, stay far inside
+    fp32.
     """
     if log_x.shape[-1] == 1:
-        decay = (log_x - log_y.mT).tril(diagonal).exp().tril(diagonal)
+        decay = (log_x - log_y.mT).tril(diagonal).exp().tril(diagonal)  # before exp: no overflow
         return [(x @ y.mT) * decay for y in ys]
     middle = log_y[..., log_y.shape[-2] // 2, None, :]
     x, grow = x * (log_x - middle).exp(), (middle - log_y).exp()
@@ -655,7 +658,8 @@ def decayed_scores(x, log_x, ys: list[Tensor], log_y, diagonal: int) -> list[Ten
 
 
 def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | None = None):
-    """`recurrence`, same arguments and results, by matrix products over chunks of C tokens.
+    """`recurrence`, same arguments and results, by matrix products over chunks of C tokens (with a
+    decay per channel: one of at least 0.545 a step, see `decayed_scores`).
 
     Let S be the state before a chunk, L the log decays summed from the chunk's start, and
     w_t = S_{t-1}ᵀ erase_in_t what the erase of token t finds. Unrolled inside the chunk,
@@ -664,7 +668,7 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | 
 
     Put that into the definition of w: each depends on those before it, a triangular system
 
-        (I + found_erased) w = found_writes v + e^{L_{t-1}} erase_in S
+        (I + found_erased) w = found_writes v + e^{L_{t-1}} erase_in S    (unitriangular: the I)
 
     where `found` are the scores of erase_in against earlier tokens' erase_outs and keys. All else
     is a product. chunk: C, by default 32 with one decay per head, 16 with one per channel.
@@ -726,6 +730,9 @@ def check_shapes(s: StepInputs, state: Tensor | None):
             "yet repeated?")
     require(decay in ([B, T, H, 1], q), f"log_decay is {decay}; must be [B,T,H,1] or [B,T,H,K]: is "
             "the last axis missing?")
+    erase = [None if x is None else list(x.shape) for x in s[4:]]
+    require(erase in ([None, None], [q, q]), f"erase_in, erase_out are {erase}; must both be "
+            "[B,T,H,K], or both None")
     require(got == [B, H, K, V], f"state is {got}; must be [B,H,K,V] = {[B, H, K, V]}: is it value "
             "first?")
 
@@ -858,17 +865,17 @@ def build(config: dict) -> LanguageModel:
 #: Beginnings of names, ours and the checkpoints': the model's, and those inside a block.
 HUB_NAMES = {
     "gdn": {
-        "embedding": "model.embed_tokens", "layers": "model.layers", "head": "lm_head",
+        "embedding": "model.embed_tokens", "layers": "model.layers",
         "norm1": "input_layernorm", "norm2": "post_attention_layernorm", "norm": "model.norm",
         "mixer.q_": "self_attn.q_", "mixer.k_": "self_attn.k_", "mixer.v_": "self_attn.v_",
         "mixer.o_": "self_attn.o_", "mixer": "linear_attn",
     },
     "mamba2": {
-        "embedding": "backbone.embeddings", "layers": "backbone.layers", "head": "lm_head",
+        "embedding": "backbone.embeddings", "layers": "backbone.layers",
         "norm1": "norm", "norm": "backbone.norm_f",
     },
     "rwkv7": {
-        "embedding": "model.embeddings", "layers": "model.layers", "head": "lm_head",
+        "embedding": "model.embeddings", "layers": "model.layers",
         "embed_norm": "model.layers.0.pre_norm", "norm1": "attn_norm", "norm2": "ffn_norm",
         "norm": "model.norm", "mlp": "ffn", "mixer.out_proj": "attn.o_proj",
         "mixer.w_lora": "attn.w_lora.lora", "mixer.a_lora": "attn.a_lora.lora",
@@ -931,7 +938,7 @@ def load(name_or_path: str, device: str | torch.device = "cpu",
         fits = [n for n in shape if n > 1] == [n for n in asked if n > 1]  # x_r may be [1, 1, D]
         require(fits, f"{folder}: tensor {theirs} is {shape}, config.json asks for {asked}")
         chosen[ours] = stored.pop(theirs)
-    if model.head is None:
+    if model.lm_head is None:
         stored.pop("lm_head.weight", None)
     require(not stored, f"{folder}: unexpected tensor {min(stored, default='')} ({len(stored)} in "
             "all); the known layouts have no such name")

@@ -380,14 +380,15 @@ class TablePrinter:
         self.experiment, self.columns, self.widths = experiment, experiment.columns, None
 
     def fields(self, row: dict) -> list[str]:
-        """The texts of one row; "-" where it lacks what a format string names, or it is NaN."""
-        texts = []
+        """The texts of one row; "-" (or its own "missing") where it lacks what a format string
+        names, or it is NaN."""
+        texts, missing = [], row.get("missing", "-")
         for form in self.columns.values():
             try:
                 text = form.format(**row)
             except (KeyError, TypeError, IndexError):
-                text = "-"
-            texts.append("-" if "nan" in text else text)
+                text = missing
+            texts.append(missing if "nan" in text else text)
         return texts
 
     def cell(self, results: list[dict]):
@@ -611,8 +612,7 @@ def replace(cell: Cell, corpus: Corpus, args):
     return figures | writesae.replacement_figures(table, cosine_min, cell.rng), table
 
 
-#: The paper's rows: Qwen3.5-0.8B layers 1, 9, 17 pooled; Mamba-2-370M L24; RWKV-7-1.5B L12, there
-#: at matched norm.
+#: The paper's rows: Qwen3.5-0.8B layers 1, 9, 17 pooled; Mamba-2-370M L24; RWKV-7-1.5B L12.
 PAPER_REPLACE = {
     "gdn": dict(n_firings=4851, win_rate=0.924),
     "mamba2": dict(n_firings=2500, win_rate=0.881),
@@ -658,7 +658,8 @@ cover: their share of all positions.  win: share of firings where the effect is 
 nothing in the write's place [95 %, by whole files].  all: over every position, firing or not.
 recovered: 1 − Σ effect / Σ effect of nothing.  untrained writes: as many random training writes as
 atoms: what is won without learning.  random direction: a random rank-1 matrix, at the size that
-brings it nearest to the write: what is won by chance."""
+brings it nearest to the write: what is won by chance.  the paper: its own, larger models and
+definitions (RWKV-7 there with the atom brought to the write's norm)."""
 REPLACE_COLUMNS = {
     "cell               ": "{name:19}",
     "     n": "{n_firings:,}",
@@ -677,7 +678,8 @@ def draw_replace(results: list[dict], tables: list[Table]):
     for axis, r, table in zip(axes, results, tables):
         delete = writesae.effect(table, "delete")
         for name, colour in dict(untrained=COLOURS[1], atom=COLOURS[0]).items():
-            here = writesae.fires(table, name, r["cosine_min"])
+            match = table["a_" + name], table["cosine_" + name]
+            here = writesae.fires(*match, r["cosine_min"])
             x, y = delete[here], writesae.effect(table, name)[here]
             label = f"{labels[name]}: {mean(y < x):.1%} of {len(x):,} below the line"
             dots(axis, x, y, label, colour)
@@ -892,6 +894,7 @@ def steer_rows(results: list[dict]) -> list[dict]:
         if r["budget"] or r is first:
             rows.append(control(r, "random"))
         size = "budget {magnitude:g}" if r["budget"] else "{magnitude:g}x"
+        size += "" if r.get("found", True) else " (not all)"
         rows.append(r | dict(what=("  {value}, {key} key, " + size).format(**r)))
     return rows
 
@@ -903,8 +906,8 @@ STEER_LEGEND = """\
 Steering: key valueᵀ is added to the states at a prompt's last three positions, then 20 tokens
 are decoded. Targets: rank 100-1000 for the first new token; in the prompt, or absent from it.
 Nx: each edit is N times as large as the write beside it.  budget: of all a prompt's edits
-together, in such writes; the least after which all targets on the search prompts persist, its
-row is from the unseen prompts.  persists: the target is among tokens 2 to 20 if the first is
+together, in such writes; the least after which all targets on the search prompts persist (not
+all: the largest tried), its row is from the unseen prompts.  persists: the target is among tokens 2 to 20 if the first is
 forced back to the unedited one: a memory.  appears: it is among the 20 (the paper's measure).
 lift: of log p(target) for the first new token, nats.  states: norm of the change of all states
 at the prompt's end, over theirs.  ppl: perplexity of what is said under the unedited model;
@@ -1010,9 +1013,12 @@ def atoms(cell: Cell, corpus: Corpus, args):
     parts = [some_rows(at, at["index"] == atom) for atom in chosen]
     samples = [some_rows(part, spread(len(part["index"]), 40)) for part in parts]
     some = writesae.stack(samples)  # one pass over the text for all atoms
-    lost = writesae.taken_out(cell, some, writesae.atoms_at(cell, some))
-    lost = lost.split([len(sample["index"]) for sample in samples])
-    described = [describe(cell, corpus, *both) for both in zip(parts, lost)]
+    A, sizes = writesae.atoms_at(cell, some), [len(sample["index"]) for sample in samples]
+    R = writesae.random_direction(writesae.leading_pair(A), cell.rng)
+    lost, control = (
+        writesae.taken_out(cell, some, X).split(sizes) for X in (A, writesae.as_large_as(A, R))
+    )
+    described = [describe(cell, corpus, *three) for three in zip(parts, lost, control)]
     population = writesae.population_figures(table, cell.sae.cfg["cosine_min"])
     quarter = cell.tokens[: len(cell.tokens) // 4 + 1]
     positions = range(EVERYWHERE.start, PASSAGE - 1)
@@ -1027,9 +1033,10 @@ def spread(n: int, most: int) -> Tensor:
     return torch.linspace(0, n - 1, min(most, n)).long()
 
 
-def describe(cell: Cell, corpus: Corpus, at: Table, lost: Tensor) -> dict:
-    """One atom, by its firings and what tokens lose if it is taken out at some of them [n, vocab]:
-    its figures, the tokens that lose most, and five contexts from different files."""
+def describe(cell: Cell, corpus: Corpus, at: Table, lost: Tensor, control: Tensor) -> dict:
+    """One atom, by its firings and what tokens lose if it, or a random direction, is taken out at
+    some of them [n, vocab]: its figures, the tokens that lose most, and five contexts from
+    different files."""
     promoted = lost.mean(0).topk(5, largest=False)
     decode, contexts = corpus.tokenizer.decode, {}
     for passage, t in zip(at["passage"].tolist(), at["position"].tolist()):
@@ -1038,7 +1045,10 @@ def describe(cell: Cell, corpus: Corpus, at: Table, lost: Tensor) -> dict:
             f"{decode(ids[max(0, t - 12) : t])}⟦{decode([ids[t]])}⟧{decode(ids[t + 1 : t + 7])}"
         )
         contexts.setdefault(int(cell.file[passage]), marked)  # the first of each file
-    counts = at["token"].bincount()
+    counts, before = (
+        at["token"].bincount(),
+        cell.tokens[at["passage"], at["position"] - 1].bincount(),
+    )
     return dict(
         atom=int(at["index"][0]),
         n_firings=len(at["index"]),
@@ -1046,8 +1056,11 @@ def describe(cell: Cell, corpus: Corpus, at: Table, lost: Tensor) -> dict:
         cosine=mean(at["cosine"]),
         token=decode([counts.argmax().item()]),
         token_purity=(counts.max() / counts.sum()).item(),
+        after=decode([before.argmax().item()]),
+        after_share=(before.max() / before.sum()).item(),
         promoted=[decode([token]) for token in promoted.indices.tolist()],
         promoted_nats=promoted.values.tolist(),
+        random_nats=control.mean(0).min().item(),
         contexts=list(contexts.values())[:5],
     )
 
@@ -1064,8 +1077,8 @@ def atoms_rows(results: list[dict]) -> list[dict]:
     for r in results:
         pairs = zip(r["promoted"], r["promoted_nats"])
         promotes = "  ".join(f"{token!r} {nats:+.3f}" for token, nats in pairs)
-        rows.append(r | dict(promotes=promotes, on=repr(r["token"])))
-        rows += [dict(promotes="    " + repr(context)) for context in r["contexts"]]
+        rows.append(r | dict(promotes=promotes, on=repr(r["token"]), after=repr(r["after"])))
+        rows += [dict(promotes="    " + repr(c), missing="") for c in r["contexts"]]
     return rows
 
 
@@ -1073,8 +1086,9 @@ POPULATION = """\
 {model} L{layer}H{head}: {n_firings:,} firings of {n_atoms:,} atoms in {n_passages} passages
   atoms with five firings or more: {often_share:.0%} of all firings; of such an atom's firings
   {token_purity:.0%} are on its most frequent token, on average
-  cosines with the writes as two Gaussians: {groups[n][0]} atoms at {groups[mean][0]:.2f} ± \
-{groups[deviation][0]:.2f}, {groups[n][1]} at {groups[mean][1]:.2f} ± {groups[deviation][1]:.2f};
+  mean cosines with the writes they dominate (atoms with five or more), as two Gaussians:
+  {groups[n][0]} atoms at {groups[mean][0]:.2f} ± {groups[deviation][0]:.2f}, {groups[n][1]} at \
+{groups[mean][1]:.2f} ± {groups[deviation][1]:.2f};
   ΔBIC {groups[delta_bic]:+.0f} (below 0: they fit better than one, their parameters counted)
   bits per token with all firings of a passage ({firings:.0f}) as they are {bits_native:.3f}, \
 replaced by
@@ -1084,9 +1098,11 @@ replaced by
 ATOMS_LEGEND = """\
 Atoms: what they stand for, most used first (with --quick the order is chance). n: firings, files:
 in how many files.  cosine: of the atom with the writes it stands for.  on: the token at which it
-fires most, and its share.  Then the tokens whose log-probability falls most if the atom is taken
-out of the state, by how much (nats, mean over the write's step and the ten after it), and up to
-five contexts from different files, the firing token in ⟦ ⟧."""
+fires most, after: the one before it most often, and their shares of the firings.  Then the five
+tokens of the whole vocabulary whose log-probability falls most if the atom is taken out of the
+state (nats, mean over the write's step and the ten after it); random: how much the first of such a
+list falls if a random direction of the same norm is taken out there. And up to five contexts from
+different files, the firing token in ⟦ ⟧."""
 ATOMS_COLUMNS = {
     "atom": "{atom}",
     "n": "{n_firings}",
@@ -1094,23 +1110,27 @@ ATOMS_COLUMNS = {
     "cosine": "{cosine:.2f}",
     "on          ": "{on}",
     "share": "{token_purity:.0%}",
-    " ": "{promotes}",
+    "after       ": "{after}",
+    "share ": "{after_share:.0%}",
+    "random": "{random_nats:.3f}",
+    "falls most if taken out, by nats ": "{promotes}",
 }
 
 
 def draw_atoms(results: list[dict], tables: list[Table]):
-    """How many atoms are token lookups: of the atoms with five firings or more, the share of their
-    firings on their most frequent token, a line per model."""
+    """How many atoms are token lookups: of the atoms with five firings or more the share with at
+    least x of their firings on one token, a line per model."""
     figure, ((axis,),) = panels(1, 1, 6.5)
     for model, table, colour in zip(dict.fromkeys(r["model"] for r in results), tables, COLOURS):
-        fires = (table["a"] > 0) & (table["cosine"] >= COSINE_MIN)
-        _, uses, share = writesae.token_shares(some_rows(table, fires))
+        here = writesae.fires(table["a"], table["cosine"], COSINE_MIN)
+        _, uses, share = writesae.token_shares(some_rows(table, here))
         share = share[uses >= 5].sort().values
-        below = torch.arange(1, len(share) + 1) / len(share)
-        axis.plot(share, below, color=colour, label=f"{model}: {len(share):,} atoms")
-    axis.set(xlim=(0, 1.01), ylim=(0, 1.01), ylabel="share of atoms below")
+        at_least = torch.arange(len(share), 0, -1) / len(share)
+        label = f"{model}: {len(share):,} atoms, {mean(share == 1):.0%} on one token alone"
+        axis.plot(share, at_least, color=colour, label=label)
+    axis.set(xlim=(0, 1.01), ylim=(0, 1.02), ylabel="share of atoms with at least that")
     axis.set_xlabel("share of an atom's firings on its most frequent token")
-    axis.legend()
+    axis.legend(loc="lower left")
     return figure
 
 
@@ -1339,7 +1359,7 @@ EXPERIMENTS = {
 
 
 # ---- bench: ratios against other implementations, run for real in the same process ---------------
-RWKV_NAMES = """embedding emb, embed_norm blocks.0.ln0, norm1 ln1, norm2 ln2, g_norm ln_x,
+RWKV_NAMES = """lm_head head, embedding emb, embed_norm blocks.0.ln0, norm1 ln1, norm2 ln2, g_norm ln_x,
 norm. ln_out., layers blocks, mixer att, mlp ffn, r_proj receptance, k_proj key, v_proj value,
 out_proj output, _lora.0.weight 1, _lora.2.weight 2, _lora.2.bias 0"""  # ours, theirs; in order
 

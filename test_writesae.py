@@ -311,11 +311,14 @@ def test_wrong_shapes_are_named():
     s = random_steps("gdn", 0)
     heads_first = s._replace(v=s.v.transpose(1, 2))
     flat = s._replace(log_decay=s.log_decay[..., 0])
+    half, one_head = s._replace(erase_in=None), s._replace(erase_out=s.erase_out[:, :, :1])
     for repeat in (recurrence, recurrence_chunked):
         for steps, state, message in (
             (s, torch.zeros(2, 3, 4, 6), "value first"),
             (heads_first, None, "head axis before the time axis"),
             (flat, None, "last axis missing"),
+            (half, None, "both None"),
+            (one_head, None, "erase_in, erase_out are"),
         ):
             with pytest.raises(InputError, match=message):
                 repeat(steps, state)
@@ -417,7 +420,7 @@ RESTATED = dict(gdn=numpy_gdn, mamba2=numpy_mamba2, rwkv7=numpy_rwkv7)
 def test_each_adapter_is_its_equations(kind):
     mixer, h = tiny_model(kind).layers[0].mixer, torch.randn(1, 25, 32, generator=rng(5))
     s, rest, _ = mixer.inputs(h, {})
-    ours = mixer.output(recurrence_chunked(s)[0], s, rest)[0].numpy()
+    ours = mixer.output(recurrence_chunked(s)[0], rest)[0].numpy()
     weights = {name: p.double().numpy() for name, p in mixer.named_parameters()}
     theirs = RESTATED[kind](weights, h[0].double().numpy(), mixer)
     np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
@@ -431,16 +434,16 @@ def test_with_its_scale_held_fixed_the_output_is_linear_in_o_through_the_gate(
     mixer, g = tiny_model(kind).layers[0].mixer, rng(5)
     s, rest, _ = mixer.inputs(torch.randn(1, 7, 32, generator=g), {})
     o, d = 100 * recurrence(s)[0], 9 * torch.randn(1, 7, mixer.heads, mixer.V, generator=g)
-    gate, scale = mixer.gate_and_scale(o, s, rest)
+    gate, scale = mixer.gate_and_scale(o, rest)
     assert gate.shape == o.shape and scale.shape == (*o.shape[:3], 1)
     moved = gate * scale * (d - d.mean(-1, keepdim=True) if kind == "rwkv7" else d)
-    free = mixer.output(o + d, s, rest) - mixer.output(o, s, rest)
-    monkeypatch.setattr(mixer, "gate_and_scale", lambda o, s, rest: (gate, scale))
-    held = mixer.output(o + d, s, rest) - mixer.output(o, s, rest)
+    free = mixer.output(o + d, rest) - mixer.output(o, rest)
+    monkeypatch.setattr(mixer, "gate_and_scale", lambda o, rest: (gate, scale))
+    held = mixer.output(o + d, rest) - mixer.output(o, rest)
     assert_close(held, mixer.out_proj(moved.flatten(-2)), atol=1e-4, rtol=1e-4)
     assert (free - held).abs().max() > 0.1, "the scale depends on o"
     monkeypatch.undo()
-    louder = mixer.gate_and_scale(3 * o, s, rest)
+    louder = mixer.gate_and_scale(3 * o, rest)
     assert torch.equal(louder[0], gate), "the gate does not depend on o"
     if kind != "mamba2":  # whose norm also sees D x
         assert_close(louder[1], scale / 3, atol=1e-2, rtol=1e-2)  # eps aside
@@ -643,7 +646,7 @@ def test_an_edited_model_is_a_model_that_wrote_something_else(kind):
             S[:, head] += key[:, None] * value
         o.append(torch.einsum("bhkv,bhk->bhv", S, s.q[:, i]))
     mixed = models.Stream(
-        stream.x + block.mixer.output(torch.stack(o, 1), s, rest), stream.v_first
+        stream.x + block.mixer.output(torch.stack(o, 1), rest), stream.v_first
     )
     after, _ = model.run(block.feed(mixed, {})[0], first=layer + 1)
     edited = model(tokens, edits=[Edit(layer, head, t, key, value)])[0]
@@ -973,6 +976,34 @@ def test_rank_two_with_an_empty_second_pair_is_rank_one():
         other.keys[:, :1], other.values[:, :1] = bank.keys, bank.values
     index, a = one.encode(random_writes(1))
     assert_close(two.decode(index, a).matrix(), one.decode(index, a).matrix())
+
+
+def test_cosines_of_tiny_and_of_large_writes():
+    for size in (1e-12, 1e-6, 1e9):
+        X = write_of(size * torch.ones(1, 4), torch.ones(1, 4))
+        assert writesae.cosine(X, X).item() == pytest.approx(1)
+
+
+def test_what_cannot_be_trained_that_way_is_refused():
+    X = random_writes(0, n=50)
+    for settings in (dict(encoder="dense"), dict(decoder="flat"), dict(active=2)):
+        with pytest.raises(InputError, match="fit_alternating"):
+            fit_alternating(WriteSAE(9, 6, 4, **settings), X.keys[:, 0], X.values[:, 0], rng(0))
+    with pytest.raises(InputError, match="tied"):
+        WriteSAE(9, 6, 4, encoder="dense", sparsity="pursuit")
+
+
+@pytest.mark.parametrize("decoder", writesae.DECODERS)
+def test_what_stands_in_for_a_write_is_the_same_matrix_everywhere(decoder):
+    """Of flat atoms the leading pair, in coding, in erasing, and as another atom."""
+    cell = tiny_cell("gdn", decoder=decoder)
+    p = next(writesae.points(cell))
+    index, a, A = cell.sae.dominant(p.write())
+    at = dict(index=index, a=a)
+    assert torch.equal(writesae.atoms_at(cell, at).matrix(), A.matrix())
+    assert A.keys.shape[1] == (2 if decoder == "rank2" else 1)
+    other = writesae.controls(cell, p, ("x", cell.sae), dict(index_x=index, a_x=a))["random"]
+    assert other.keys.shape == A.keys.shape
 
 
 @given(st.integers(0, 99))
@@ -1517,11 +1548,11 @@ def test_gated_rungs_are_the_direct_path_with_the_norms_scale_held_fixed(
     expected, model = rungs_of(p, change, targets)[rung], p.cell.model
     block, scaled = model.layers[1], rung == "gated and scaled"
     last, _ = model.run(p.stream, p.cache, first=1)
-    reads = writesae.all_heads(block, p.stream, p.cache.layers[1])
-    gate, scale = block.mixer.gate_and_scale(*reads)
+    o, _, rest = writesae.all_heads(block, p.stream, p.cache.layers[1])
+    gate, scale = block.mixer.gate_and_scale(o, rest)
     held = gate, scale if scaled else torch.ones_like(scale)
     norm = Fixed(model.norm, last.x) if scaled else torch.nn.Identity()
-    monkeypatch.setattr(block.mixer, "gate_and_scale", lambda o, s, rest: held)
+    monkeypatch.setattr(block.mixer, "gate_and_scale", lambda o, rest: held)
     monkeypatch.setattr(model, "norm", norm)
     monkeypatch.setattr(
         writesae, "norm_slope", lambda norm, x: x
@@ -1678,10 +1709,10 @@ class HandMade(torch.nn.Module):
         rows = map(torch.tensor, (self.q, [1.0, 0.0], [2.0], [math.log(0.5)]))
         return StepInputs(*(x.expand(*h.shape[:2], 1, -1) for x in rows)), None, {}
 
-    def gate_and_scale(self, o, s, rest):
+    def gate_and_scale(self, o, rest):
         return torch.full_like(o, self.gate), torch.ones_like(o)
 
-    def output(self, o, s, rest):
+    def output(self, o, rest):
         return self.out_proj(self.gate * o[:, :, 0])
 
 
@@ -1699,7 +1730,7 @@ def test_the_formulas_directions_by_hand(query, gate, target, sign):
     nothing = torch.nn.Identity()
     layers = [Block(HandMade(query, gate), nothing)]
     model = LanguageModel("hand", 2, 2, layers, nothing, tied=False).requires_grad_(False)
-    model.head.weight.copy_(torch.eye(2))
+    model.lm_head.weight.copy_(torch.eye(2))
     prompts = writesae.read_prompts(model, torch.tensor([[0, 1, 0]]), [(0, 0)], 2)
     keys, target = writesae.edit_keys(prompts.s, "write"), torch.tensor([target])
     three = sign * torch.tensor([query, 2 * query])
@@ -1740,6 +1771,13 @@ def test_read_key_is_the_one_that_coming_reads_weigh_most(kind):
         heard = torch.stack([propagate(key, s.times(t))[0].square().sum(1) for key in each])
         louder = "a random key is heard better: the largest eigenvector of Σ b bᵀ?"
         assert (heard[0] >= heard.amax(0) * (1 - 1e-4)).all(), louder
+
+
+def test_heads_can_be_named_in_any_order():
+    model, tokens, pairs = steering_case("gdn")
+    names = Steering(HEADS, value="gradient"), Steering(HEADS[::-1], value="gradient")
+    one, other = (writesae.steer(model, tokens, pairs, edit) for edit in names)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @given(st.integers(0, 99), st.floats(0.1, 9))
@@ -2404,11 +2442,15 @@ SAID = [  # figures of README.md: their JSON, which of its rows, what of each, o
     ("atoms", dict(n_passages=400), "{population[groups][delta_bic]:+.0f}"),
     ("formula", {}, "{rungs[1][r2]:.2f}"),
     ("formula", {}, "{rungs[6][r2]:.3f}"),
+    ("formula", {}, "{rungs[0][sign_agreement]:.0%}"),
+    ("formula", {}, "{rungs[3][sign_agreement]:.0%}"),
     ("steer-smallest", dict(key="read"), "{magnitude:g}"),
     ("steer-smallest", dict(key="read"), "{strata[0][persists_rate]:.0%}"),
     ("steer-smallest", dict(key="read"), "{strata[1][persists_rate]:.0%}"),
     ("steer-smallest", dict(key="read"), "{strata[0][random_persists_rate]:.0%}"),
     ("steer-smallest", dict(key="read"), "{strata[0][edited_perplexity]:.0f}"),
+    ("steer-smallest", dict(key="read"), "{strata[0][edited_rate]:.0%}"),
+    ("steer-smallest", dict(key="read"), "{strata[1][edited_rate]:.0%}"),
     ("steer-head", {}, "{strata[0][edited_rate]:.0%}"),
     ("steer-head", {}, "{strata[0][native_rate]:.0%}"),
     ("steer", dict(value="ascent"), "{strata[0][edited_rate]:.0%}"),

@@ -99,7 +99,7 @@ def inner(X: Factored, Y: Factored) -> Tensor:
 
 def cosine(X: Factored, Y: Factored) -> Tensor:
     """⟨X, Y⟩ / ‖X‖‖Y‖, 0 where one is zero. Its square: the share of Y's energy that X explains."""
-    norms = (inner(X, X) * inner(Y, Y)).sqrt()
+    norms = inner(X, X).sqrt() * inner(Y, Y).sqrt()
     return inner(X, Y) / norms.clamp_min(1e-30)
 
 
@@ -194,6 +194,8 @@ class WriteSAE(nn.Module):
 
     The paper's five SAEs are settings: FlatSAE dense/flat, MatrixSAE dense/rank1, BilinearSAE
     bilinear/rank1, tied/rank1 and bilinear/flat. No bias: twice the input, twice the coefficients.
+    But `centred`: the training inputs' mean is taken off before coding, and `decode` does not add
+    it back. `scale="least-squares"` in cfg: see `Point.stand_in`.
 
     Coordinates. An SAE may measure distance otherwise than by the Frobenius norm, stretched along
     what later predictions heed (`read_metric`): `see` turns keys by to_k and values by to_v, and
@@ -223,6 +225,7 @@ class WriteSAE(nn.Module):
         kinds = dict(encoder=encoder, decoder=decoder, sparsity=sparsity)
         for (name, kind), allowed in zip(kinds.items(), (ENCODERS, DECODERS, SPARSITIES)):
             require(kind in allowed, f"SAE {name} {kind}: allowed are {', '.join(allowed)}")
+        require(sparsity != "pursuit" or encoder == "tied", "pursuit takes a tied encoder")
         possible = isinstance(active, int) and 1 <= active <= n_atoms
         require(possible, f"{active} active atoms of {n_atoms}: allowed are 1 to {n_atoms}")
         self.cfg = dict(n_atoms=n_atoms, K=K, V=V, active=active) | kinds
@@ -260,8 +263,8 @@ class WriteSAE(nn.Module):
         if self.sparsity == "batchtopk":
             cut = self.threshold[index]
             if training:
-                largest = a.detach().flatten().topk(self.active * len(a)).values
-                cut = largest[-1]
+                passing = a.detach().flatten().topk(self.active * len(a)).values
+                cut = passing[-1]  # the (N · active)-th largest of the batch; its running mean:
                 self.threshold.data.lerp_(cut.expand(self.n_atoms), 0.01)
             a = a * (a >= cut)
         elif self.sparsity == "jumprelu":
@@ -307,13 +310,17 @@ class WriteSAE(nn.Module):
         """X̂ = Σ a_i A_i: index, a [N, m] -> N matrices as factors."""
         return self.unsee(self.assemble(index, a))
 
+    def atom(self, index: Tensor, a: Tensor) -> Factored:
+        """a A_i of index, a [N]. Of a flat atom only the leading singular pair can be written by a
+        head, and stands in for it, as in the paper's Table 6; of rank 2 both pairs do."""
+        A = self.decode(index[:, None], a[:, None])
+        return leading_pair(A) if self.atoms.fixed else A
+
     def dominant(self, X: Factored) -> tuple[Tensor, Tensor, Factored]:
-        """Each X's dominant atom, its coefficient, and a A: [N], [N], N matrices. Of a flat atom
-        only the leading singular pair can be written by a head, and stands in for it, as in the
-        paper's Table 6; the two pairs of rank 2 are put in together."""
+        """Each X's dominant atom, its coefficient, and a A: [N], [N], N matrices."""
         index, a = self.encode(X)
-        A = self.decode(index[:, :1], a[:, :1])
-        return index[:, 0], a[:, 0], leading_pair(A) if self.atoms.fixed else A
+        index, a = index[:, 0], a[:, 0]
+        return index, a, self.atom(index, a)
 
     @torch.no_grad()
     def start(self, which: Tensor, X: Factored):
@@ -328,8 +335,8 @@ class WriteSAE(nn.Module):
             self.readers.put(which, A.times(share))
 
     def save(self, path: str):
-        """Atoms and readers in the model's coordinates (fp16: three digits), and cfg, in one
-        file."""
+        """Atoms and readers, turned back (fp16: three digits; `load` turns them again), and cfg, in
+        one file."""
         from safetensors.torch import save_file
 
         tensors = {name: x for name, x in self.state_dict().items() if "." not in name}
@@ -406,17 +413,11 @@ def draw(X: Factored, n: int, generator: torch.Generator) -> Factored:
     return X.rows(pick.to(X.keys.device))
 
 
-def best_atom(
-    keys: Tensor,
-    values: Tensor,
-    x: Tensor,
-    y: Tensor,
-    rows: int = 128,
-):
+def best_atom(keys: Tensor, values: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """For writes x [N, K], y [N, V] the largest a = (key · x)(value · y) and its atom: [N], [N].
     A block of rows at a time stays in the processor's cache."""
     a, atom = [], []
-    for x_block, y_block in zip(x.split(rows), y.split(rows)):
+    for x_block, y_block in zip(x.split(128), y.split(128)):
         scores = (x_block @ keys.T) * (y_block @ values.T)
         best = scores.max(-1)
         a.append(best.values)
@@ -447,18 +448,24 @@ def fit_alternating(
     family: gain-shape vector quantisation, sum-of-outer-products dictionary learning.
 
     k [N, K], v [N, V]: writes in the model's coordinates. Trains sae (tied/rank1/topk, one active)
-    in place; returns the share of energy explained, mean a², of every step.
+    in place; returns the share of energy explained, mean a², of every step. Raises InputError for
+    another kind of SAE.
     """
+    kind = [sae.cfg[name] for name in ("encoder", "decoder", "sparsity", "active", "centred")]
+    fits = kind == ["tied", "rank1", "topk", 1, False]
+    require(fits, f"an SAE {kind}: `fit_alternating` takes tied, rank1, topk, one active")
     X = sae.see(write_of(k, v))
-    X = Factored(F.normalize(X.keys[:, 0], dim=-1), F.normalize(X.values[:, 0], dim=-1))
+    X = Factored(F.normalize(X.keys, dim=-1), F.normalize(X.values, dim=-1))  # r = 1
     keys = sae.atoms.keys.data[:, 0]  # a view, [n, K]
     values = sae.atoms.values.data[:, 0]  # [n, V]
-    keys[:], values[:] = draw(X, sae.n_atoms, generator)
+    first = draw(X, sae.n_atoms, generator)
+    keys[:], values[:] = first.keys[:, 0], first.values[:, 0]
     key_sum, value_sum = torch.zeros_like(keys), torch.zeros_like(values)
     count = torch.zeros(sae.n_atoms, device=k.device)  # how many recent writes each sum holds
     history = []
     for _ in progress(range(steps)):
-        x, y = draw(X, sample, generator)
+        drawn = draw(X, sample, generator)
+        x, y = drawn.keys[:, 0], drawn.values[:, 0]  # [sample, K], [sample, V]
         a, atom = best_atom(keys, values, x, y)  # 1.
         for total in (key_sum, value_sum, count):
             total *= memory
@@ -494,7 +501,7 @@ class Cell(NamedTuple):
     head: int
     tokens: Tensor  # [n, T] passages
     positions: Sequence[int]  # of each passage, increasing; ten tokens come after the last
-    rng: torch.Generator | None = None  # of every random draw
+    rng: torch.Generator | None = None  # of every random draw, where there is one
     sae: WriteSAE | None = None  # the one that is looked at
     file: Tensor | None = None  # [n] the file each passage is from: intervals draw whole files
     progress: Callable = iter  # wraps a loop, such as a progress bar
@@ -541,25 +548,23 @@ class Point(NamedTuple):
             A = A.times(inner(A, X) / inner(A, A).clamp_min(1e-30))
         return index, a, A, cosine(A, X)
 
-    def logits(self, change: Factored, row: Tensor | None = None) -> Tensor:
-        """Logits at t..t+10 if change_i is added to the head's state after t, in passage row_i of
-        these P (default: each in its own). change [n, r, ·], row [n] -> [n, 11, vocab].
+    def logits(self, change: Factored) -> Tensor:
+        """Logits at t..t+10 if change_i is added to the head's state after t in passage i of these
+        P: change [P, r, ·] -> [P, 11, vocab].
 
         Each of the r factors is one rank-1 edit. Nothing below the edited layer and nothing before
         t runs again.
         """
         model, layer, head = self.cell[:3]
-        stream, cache, edits = self.stream, self.cache, []
-        if row is not None:
-            stream, cache = stream.rows(row), cache.rows(row)
+        edits = []
         for key, value in zip(change.keys.unbind(1), change.values.unbind(1)):
             edits.append(Edit(layer, head, self.t, key, value))
-        after, _ = model.run(stream, cache, edits, first=layer)
+        after, _ = model.run(self.stream, self.cache, edits, first=layer)
         return at_least_fp32(model.unembed(after))
 
-    def branch(self, change: Factored, row: Tensor | None = None) -> Tensor:
+    def branch(self, change: Factored) -> Tensor:
         """The same as log-probabilities."""
-        return self.logits(change, row).log_softmax(-1)
+        return self.logits(change).log_softmax(-1)
 
 
 @torch.no_grad()
@@ -624,15 +629,14 @@ def collect(
     layer: int,
     heads: list[int],
     source: str = "write",
-    every: int = 16,
     skip: int = 0,
     progress=iter,
 ) -> list[Factored]:
     """What heads of one layer write over a text, to train on: one Factored of N matrices per head.
 
     tokens [n, T]; every write after the first `skip` tokens of each row, or with source "state"
-    every 16th state (neighbours are nearly the same). One pass up to the layer and no further
-    serves all heads; it keeps 4 (K + V) bytes per write, 4 K V per state.
+    every 16th state of all (neighbours are nearly the same). One pass up to the layer and no
+    further serves all heads; it keeps 4 (K + V) bytes per write, 4 K V per state.
     """
     keys, values = [], []  # per batch [B · T, H, r, ·]
     for batch in progress(tokens.split(16)):
@@ -641,7 +645,7 @@ def collect(
         if source == "write":
             X = write_of(s.k[:, skip:], s.v[:, skip:])
         else:
-            X = matrix_of(states(s)[:, every - 1 :: every])
+            X = matrix_of(states(s)[:, 15::16])
         keys.append(X.keys.flatten(0, 1))
         values.append(X.values.flatten(0, 1))
     keys, values = torch.cat(keys), torch.cat(values)
@@ -756,13 +760,10 @@ def controls(
     X, n = p.write(), len(cell.tokens)
     draws = torch.Generator().manual_seed(cell.rng.initial_seed() + p.t)
     shift = torch.randint(1, max(2, sae.n_atoms), (n,), generator=draws)
-    shift = shift.to(p.passage)[p.passage]
-    index, a = part["index_" + name], part["a_" + name]
-    other = (index + shift) % sae.n_atoms
+    other = part["index_" + name] + shift.to(p.passage)[p.passage]
+    random = sae.atom(other % sae.n_atoms, part["a_" + name])
     R = random_direction(X, draws, n).rows(p.passage)
-    random = sae.decode(other[:, None], a[:, None])
-    projected = R.times(inner(R, X))
-    return dict(random=random, projected=projected, native=X)
+    return dict(random=random, projected=R.times(inner(R, X)), native=X)
 
 
 def random_direction(like: Factored, generator: torch.Generator, n: int | None = None) -> Factored:
@@ -831,9 +832,9 @@ def rates(atom: Tensor, delete: Tensor) -> dict[str, float]:
     )
 
 
-def fires(table: Table, name: str, cosine_min: float) -> Tensor:
-    """Where the dictionary's dominant atom stands for the write. [N], true or false"""
-    return (table["a_" + name] > 0) & (table["cosine_" + name] >= cosine_min)
+def fires(a: Tensor, match: Tensor, cosine_min: float) -> Tensor:
+    """Where an atom stands for the write, by its coefficient and the cosine of both: [N] truths."""
+    return (a > 0) & (match >= cosine_min)
 
 
 def dictionary_figures(table: Table, name: str, cosine_min: float) -> dict:
@@ -842,7 +843,7 @@ def dictionary_figures(table: Table, name: str, cosine_min: float) -> dict:
     atom, delete = effect(table, name), effect(table, "delete")
 
     def at(threshold: float) -> dict:
-        here = fires(table, name, threshold)
+        here = fires(table["a_" + name], table["cosine_" + name], threshold)
         share = dict(coverage=mean(here), n_firings=int(here.sum()))
         return share | rates(atom[here], delete[here])
 
@@ -861,10 +862,13 @@ def replacement_figures(table: Table, cosine_min: float, generator: torch.Genera
     """The test's figures, from `replacement` of dictionaries "atom" and "untrained" (which may be
     left out) on passages whose files are known, which intervals draw.
 
-    All are about kl@0..10, at firings unless the name ends in _all. per_atom_win_rate is the mean
-    over the n_atoms_often atoms with at least five firings.
+    Rates and medians are about kl@0..10, at firings unless the name ends in _all.
+        win_ci95_by_...      95 %, drawing whole files, or all firings of an atom, again
+        per_atom_win_rate    mean over the n_atoms_often atoms with at least five firings
+        strict_order_rate    share with atom < delete < random
+        failure_by_quartile  1 − win rate by quarters of the effect of delete, weakest first
     """
-    here = fires(table, "atom", cosine_min)
+    here = fires(table["a_atom"], table["cosine_atom"], cosine_min)
     kl = {name: effect(table, name) for name in ("atom", "delete", "random", "projected", "native")}
     wins, delete = (kl["atom"] < kl["delete"])[here], kl["delete"][here]
     atoms, which, uses = table["index_atom"][here].unique(return_inverse=True, return_counts=True)
@@ -879,7 +883,6 @@ def replacement_figures(table: Table, cosine_min: float, generator: torch.Genera
     ]
     figures = dictionary_figures(table, "atom", cosine_min) | dict(
         n_positions=len(here),
-        n_firings=len(wins),
         n_atoms=len(atoms),
         n_passages=len(table["passage"][here].unique()),
         win_ci95=wilson(int(wins.sum()), len(wins)),
@@ -1079,15 +1082,16 @@ def some_rows(table: Table, rows: Tensor) -> Table:
 def firings(cell: Cell, table: Table) -> Table:
     """The rows of `codes` where an atom fires at one of the cell's positions. Raises InputError if
     there are none."""
-    fires = (table["a"] > 0) & (table["cosine"] >= cell.sae.cfg["cosine_min"])
-    at = some_rows(table, fires & torch.isin(table["position"], torch.tensor(cell.positions)))
+    here = fires(table["a"], table["cosine"], cell.sae.cfg["cosine_min"])
+    at = some_rows(table, here & torch.isin(table["position"], torch.tensor(cell.positions)))
     none = "no atom fires here: take more --passages or a lower --cosine-min"
     require(len(at["index"]) > 0, none)
     return at
 
 
 def events(cell: Cell, at: Table):
-    """Yield Points whose rows are rows of a table with columns passage and position, and which."""
+    """Group the rows of a table (columns passage, position) by position and batch: yield a Point
+    with a passage for each row of a group, and the rows' indices in the table, [n]."""
     for p in points(cell._replace(positions=at["position"].unique().tolist())):
         here = (at["position"] == p.t) & torch.isin(at["passage"], p.passage.cpu())
         which = here.nonzero()[:, 0]
@@ -1098,7 +1102,7 @@ def events(cell: Cell, at: Table):
 def atoms_at(cell: Cell, at: Table) -> Factored:
     """a A of every row of `codes`."""
     device = cell.tokens.device
-    return cell.sae.decode(at["index"][:, None].to(device), at["a"][:, None].to(device))
+    return cell.sae.atom(at["index"].to(device), at["a"].to(device))
 
 
 @torch.inference_mode()
@@ -1151,8 +1155,7 @@ def norm_slope(norm: nn.Module, x: Tensor) -> Tensor:
     if isinstance(norm, nn.LayerNorm):
         variance = x.var(-1, keepdim=True, correction=0)
         return norm.weight / (variance + norm.eps).sqrt()
-    power = x.square().mean(-1, keepdim=True)
-    return (norm.offset + norm.weight) / (power + norm.eps).sqrt()
+    return (norm.offset + norm.weight) * norm.scale(x)
 
 
 def slope(f, at: Tensor) -> Tensor:
@@ -1165,13 +1168,14 @@ def slope(f, at: Tensor) -> Tensor:
 def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Nine predictions of how logits move at t..t+10 if `change` is added to the state after t.
 
-    A layer's output is y = Σ_heads W_O (gate · scale · o) + what o does not reach, with
+    A layer's output is y = Σ_heads W_O (gate · scale · o) + what o does not reach (in RWKV-7 o less
+    its mean, held fixed up to "gated and scaled"), with
         gate  = silu(z) w (Gated DeltaNet, Mamba-2), g w (RWKV-7); w: the weight of the head's norm
         scale = 1/rms or 1/std of what that norm is given (models.py, `gate_and_scale`)
     If no layer came after it, logit = ⟨W_U[token], w_f x / rms(x)⟩ with y a part of the stream x.
     With all norms' statistics held fixed both are linear in δo (`moved_reads`):
 
-        three factors      ⟨W_U, W_O δo⟩ with u_t = decay_t u_{t-1}, the gates alone (the paper)
+        three factors      ⟨W_U, W_O δo⟩ with u_t = decay_t u_{t-1}, no erase (the paper)
           , fitted         times one least-squares scalar per edit and token (the paper's appendix)
         exact transition   ⟨W_U, W_O δo⟩ with u_t = A_t u_{t-1}: + the erase
         gated              ⟨W_U, W_O (gate · δo)⟩: gates may be negative, they decide the sign
@@ -1188,26 +1192,26 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     block, cache = model.layers[layer], p.cache.layers[layer]
     o, s, rest = all_heads(block, p.stream, cache)
     last, _ = model.run(p.stream, p.cache, first=layer)
-    gate, scale = block.mixer.gate_and_scale(o, s, rest)
+    gate, scale = block.mixer.gate_and_scale(o, rest)
     gate = gate[:, :, head]  # [P, 11, V]
     scale = scale[:, :, head]  # [P, 11, 1]
-    W_O = model.out_map(layer)[:, head].T  # [V, D]
-    W_U = at_least_fp32(model.unembedding[targets]).mT  # [P, D, n]
+    W_O = model.out_map(layer)[:, head]  # [D, V]
+    W_U = at_least_fp32(model.unembedding[targets])  # [P, n, D]
     final = norm_slope(model.norm, at_least_fp32(last.x))  # [P, 11, D]
     without_erase = p.s._replace(erase_in=None, erase_out=None)
     delta_o = moved_reads(change, p.s)  # [P, 11, V]
     rungs = {  # each [P, 11, n]
-        "three factors": moved_reads(change, without_erase) @ W_O @ W_U,
-        "exact transition": delta_o @ W_O @ W_U,
-        "gated": (gate * delta_o) @ W_O @ W_U,
-        "gated and scaled": final * ((gate * scale * delta_o) @ W_O) @ W_U,
+        "three factors": moved_reads(change, without_erase) @ W_O.T @ W_U.mT,
+        "exact transition": delta_o @ W_O.T @ W_U.mT,
+        "gated": (gate * delta_o) @ W_O.T @ W_U.mT,
+        "gated and scaled": final * ((gate * scale * delta_o) @ W_O.T) @ W_U.mT,
     }
     other_heads = (0, 0, head, s.q.shape[2] - head - 1)
     delta_o = F.pad(delta_o[:, :, None], other_heads)  # [P, 11, H, V]
-    y, y_edited = (block.mixer.output(x, s, rest) for x in (o, o + delta_o))
+    y, y_edited = (block.mixer.output(x, rest) for x in (o, o + delta_o))
 
     def direct(eps: Tensor) -> Tensor:  # as if no layer came after this one
-        moved = block.mixer.output(o + eps * delta_o, s, rest) - y
+        moved = block.mixer.output(o + eps * delta_o, rest) - y
         return of_tokens(model.unembed(last._replace(x=last.x + moved)), targets)
 
     def full(eps: Tensor) -> Tensor:  # the model
@@ -1224,7 +1228,7 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     rungs["three factors, fitted"] = fitted(rungs["three factors"], measured)
     rungs["direct path"] = slope(direct, zero)
     rungs["full Jacobian"] = slope(full, zero)
-    rungs["mean of two Jacobians"] = (slope(full, zero) + slope(full, one)) / 2
+    rungs["mean of two Jacobians"] = (rungs["full Jacobian"] + slope(full, one)) / 2
     rungs["exact head, mean of two"] = (slope(exact_head, zero) + slope(exact_head, one)) / 2
     return torch.stack([rungs[name] for name in RUNGS], 1), measured
 
@@ -1312,7 +1316,7 @@ class Prompts(NamedTuple):
     logits: Tensor  # [N, vocab] of the first new token
     said: Tensor  # [N, 20] the unedited continuation
     s: StepInputs  # of the heads side by side, over the n tokens: [N, n, C, ·]
-    gate: Tensor  # [N, C, V] gate times norm weight, at the last token
+    gate: Tensor  # [N, C, V] of `gate_and_scale` (it holds the norm's weight), at the last token
 
     def read(
         self,
@@ -1343,6 +1347,7 @@ def read_prompts(
 ) -> Prompts:
     """Read prompts [N, T] natively, ready for edits of these (layer, head) pairs at their last n
     positions. Raises InputError for a head that is none, and if prompts are not longer than n."""
+    heads = sorted(heads)
     for head in heads:
         model.check_cell(*head)
     length = tokens.shape[1]
@@ -1360,14 +1365,14 @@ def read_prompts(
         chosen = [head for layer, head in heads if layer == i]
         if chosen:
             o, s, rest = all_heads(block, stream, before.layers[i])
-            gate, _ = block.mixer.gate_and_scale(o, s, rest)
+            gate, _ = block.mixer.gate_and_scale(o, rest)
             inputs.append(s.heads(chosen))
             gates.append(gate[:, -1, chosen])
         stream, _ = model.run(stream, before, first=i, last=i + 1)
     # simplification: heads of all layers have one size, so that they can stand side by side
     s = StepInputs(*(None if x[0] is None else torch.cat(x, 2) for x in zip(*inputs)))
     first, gate = at_least_fp32(logits[:, -1]), torch.cat(gates, 1)
-    return Prompts(model, sorted(heads), last, before, after, first, said, s, gate)
+    return Prompts(model, heads, last, before, after, first, said, s, gate)
 
 
 @torch.no_grad()
@@ -1486,7 +1491,7 @@ def formula_slopes(
     gated: bool,
 ) -> Tensor:
     """How the target's first logit rises with each value by the ladder's rungs, [N, n, C, V]:
-    (u · q) W_Oᵀ W_U[target], u by the gates alone (three factors, the paper's), or
+    (u · q) W_Oᵀ W_U[target], u by the decay alone (three factors, the paper's), or
     (u · q) gate · W_Oᵀ W_U[target], u exact (gated)."""
     model, s = prompts.model, prompts.s
     if not gated:
@@ -1495,7 +1500,8 @@ def formula_slopes(
     for t in range(keys.shape[1]):
         gain, _ = propagate(keys[:, t], s.times(t))  # [N, n − t, C]
         gains.append(gain[:, -1])
-    W_O = torch.stack([model.out_map(layer)[:, head] for layer, head in prompts.heads])
+    W_O = [model.out_map(layer)[:, head] for layer, head in prompts.heads]
+    W_O = torch.stack(W_O)  # [C, D, V]
     W_U = at_least_fp32(model.unembedding[targets])  # [N, D]
     seen = torch.einsum("nd,cdv->ncv", W_U, W_O)
     if gated:
@@ -1675,12 +1681,12 @@ def promoted_tokens(cell: Cell, at: Table, n_atoms: int) -> tuple[Tensor, Tensor
     total = W_O.new_zeros(len(uses), W_O.shape[1])  # of gate · δo, per atom
     for p, i in events(cell, at):
         block, part = model.layers[layer], some_rows(at, i)
-        reads = all_heads(block, p.stream, p.cache.layers[layer])
-        gate, _ = block.mixer.gate_and_scale(*reads)
+        o, _, rest = all_heads(block, p.stream, p.cache.layers[layer])
+        gate, _ = block.mixer.gate_and_scale(o, rest)
         delta_o = moved_reads(atoms_at(cell, part), p.s)  # [n, 11, V]
         moved = (gate[:, :, head] * delta_o).mean(1)
         total.index_add_(0, part["index"].to(total.device), moved)
-    W_U = at_least_fp32(model.unembedding)
+    W_U = at_least_fp32(model.unembedding)  # [vocab, D]
     promoted = total[atoms] @ W_O.T @ W_U.T  # [n_atoms, vocab]
     return atoms, promoted.argmax(-1).cpu()
 
@@ -1718,7 +1724,7 @@ def erasure(cell: Cell, n_atoms: int = 20) -> Table:
     shift = torch.randint(1, max(2, sae.n_atoms), (N,), generator=cell.rng)
     another = (at["index"] + shift) % sae.n_atoms
     B = atoms_at(cell, at | dict(index=another))
-    R = random_direction(A, cell.rng)
+    R = random_direction(leading_pair(A), cell.rng)
     out = [A, as_large_as(A, R), as_large_as(A, B), A]
     away = at | dict(passage=(lots * silent).argmax(0))
     where = stack([at, at, at, away])
@@ -1744,9 +1750,9 @@ def erasure_figures(table: Table, generator: torch.Generator) -> dict:
         figures[name + "_median"] = x.median().item()
         figures[name + "_mean"] = mean(x)
         figures[name + "_falls"] = mean(x < 0)
-    effect = table["atom"] - table["random"]
-    figures["effect"] = mean(effect)
-    return figures | dict(effect_ci95=cluster_bootstrap(effect, table["file"], generator))
+    gain = table["atom"] - table["random"]
+    figures["effect"] = mean(gain)
+    return figures | dict(effect_ci95=cluster_bootstrap(gain, table["file"], generator))
 
 
 # ---- 11. A population of atoms -------------------------------------------------------------------
@@ -1764,11 +1770,12 @@ def population_figures(table: Table, cosine_min: float) -> dict:
 
     often_share    share of firings by atoms that fire at least five times
     token_purity   mean over those atoms of the share of their firings on their most frequent token
-    groups         `two_gaussians` of the atoms' mean cosines with their writes: the paper's
-                   registers (the nearer group) and bundles
+    groups         `two_gaussians` of the mean cosines of atoms with the writes that they dominate,
+                   firing or not, at least five: the paper's registers (the nearer) and bundles
     """
     dominant = some_rows(table, table["a"] > 0)
-    atoms, uses, share = token_shares(some_rows(dominant, dominant["cosine"] >= cosine_min))
+    at = some_rows(table, fires(table["a"], table["cosine"], cosine_min))
+    atoms, uses, share = token_shares(at)
     often = uses >= 5
     _, which, n = dominant["index"].unique(return_inverse=True, return_counts=True)
     mean_cosine = torch.bincount(which, dominant["cosine"].double()) / n
@@ -1833,11 +1840,11 @@ def passage_test(cell: Cell) -> Table:
         n, T = tokens.shape
         (X,) = collect(model, tokens, layer, [head])
         _, a, A = cell.sae.dominant(X)
-        fires = (a > 0) & (cosine(A, X) >= cell.sae.cfg["cosine_min"])
+        firing = fires(a, cosine(A, X), cell.sae.cfg["cosine_min"])
         R = random_direction(X, cell.rng).times(inner(X, X).sqrt())
-        part = dict(firings=fires.view(n, T)[:, positions].sum(1))
+        part = dict(firings=firing.view(n, T)[:, positions].sum(1))
         for name, Y in dict(native=X, delete=X.times(0 * a), atom=A, random=R).items():
-            change = Y.minus(X).times(fires.to(a.dtype))  # nothing where no atom fires
+            change = Y.minus(X).times(firing.to(a.dtype))  # nothing where no atom fires
             keys = change.keys.unflatten(0, (n, T))  # [n, T, r, K]
             values = change.values.unflatten(0, (n, T))
             edits = []
@@ -1846,7 +1853,7 @@ def passage_test(cell: Cell) -> Table:
                     edits.append(Edit(layer, head, t, keys[:, t, r], values[:, t, r]))
             logits, _ = model(tokens, edits=edits)
             predicted = logits[:, positions[0] : -1]
-            nats = F.cross_entropy(predicted.mT, tokens[:, positions[0] + 1 :], reduction="none")
-            part["bits_" + name] = nats.mean(1) / math.log(2)
+            nll = F.cross_entropy(predicted.mT, tokens[:, positions[0] + 1 :], reduction="none")
+            part["bits_" + name] = nll.mean(1) / math.log(2)
         parts.append(part)
     return stack(parts)
