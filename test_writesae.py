@@ -165,6 +165,12 @@ def tiny_model(kind: str, seed: int = 0) -> LanguageModel:
     )
 
 
+def written(result, returns: str):
+    """A function's result; if its body was emptied, what it should return."""
+    assert result is not None, f"not written yet? It returns {returns}"
+    return result
+
+
 def random_tokens(seed: int, B=2, T=40, vocab=61) -> torch.Tensor:
     return torch.randint(vocab, (B, T), generator=rng(seed))
 
@@ -190,7 +196,7 @@ def test_recurrence_of_two_tokens_by_hand():
         erase_in=one([0, 0], [1, 0]),
         erase_out=one([0, 0], [0.25, 0]),
     )
-    o, S = recurrence(s)
+    o, S = written(recurrence(s), "the reads o [B, T, H, V] and the last state [B, H, K, V]")
     assert o[0, 0, 0].tolist() == [2, 4, 6], "the first token reads what it has just written"
     # 0.5 S − (0.25, 0)ᵀ (2, 4, 6) = [[0.5, 1, 1.5], [0, 0, 0]], plus [[0, 0, 0], [1, 0, 1]]
     expected = torch.tensor([[0.5, 1, 1.5], [1, 0, 1]])
@@ -294,11 +300,8 @@ def test_propagate_by_hand():
     s = StepInputs(
         q, 9 * q, 9 * q, torch.full((1, 3, 1, 1), math.log(0.5)), erase, erase / 4
     )
-    gain_and_key = propagate(torch.tensor([[[1.0, 1]]]), s)
-    assert (
-        gain_and_key is not None
-    ), "propagate returns the gain of each read and the last key"
-    gain, key = gain_and_key
+    result = propagate(torch.tensor([[[1.0, 1]]]), s)
+    gain, key = written(result, "the gain of each read [B, T, H] and the last key [B, H, K]")
     assert_close(
         gain[0, :, 0], torch.tensor([3, 1.25, 0.625]), msg="u_t = A_t u_{t-1}, from u = key"
     )
@@ -926,7 +929,8 @@ def test_encode_by_hand():
     sae, eye = WriteSAE(3, 2, 2, active=3), torch.eye(2)
     keys = torch.stack([eye[0], eye[1], -eye[1]])
     sae.start(torch.arange(3), write_of(keys, eye[[0, 0, 0]]))
-    index, a = sae.encode(write_of(torch.tensor([[3.0, 4.0]]), eye[:1]))
+    result = sae.encode(write_of(torch.tensor([[3.0, 4.0]]), eye[:1]))
+    index, a = written(result, "the active atoms and their coefficients, [N, active] each")
     assert index[0, :2].tolist() == [1, 0], "the largest coefficient comes first"
     assert a[0, 2] == 0, "a is relu ⟨E_i, X⟩: did you forget the relu?"
     assert_close(
@@ -988,7 +992,9 @@ def test_what_cannot_be_trained_that_way_is_refused():
     X = random_writes(0, n=50)
     for settings in (dict(encoder="dense"), dict(decoder="flat"), dict(active=2)):
         with pytest.raises(InputError, match="fit_alternating"):
-            fit_alternating(WriteSAE(9, 6, 4, **settings), X.keys[:, 0], X.values[:, 0], rng(0))
+            fit_alternating(
+                WriteSAE(9, 6, 4, **settings), X.keys[:, 0], X.values[:, 0], rng(0)
+            )
     with pytest.raises(InputError, match="tied"):
         WriteSAE(9, 6, 4, encoder="dense", sparsity="pursuit")
 
@@ -1143,6 +1149,7 @@ def test_two_alternating_steps_by_hand():
     """Assign, sum with the right weights, normalise, restart: against plain loops over writes."""
     X, sae = random_writes(0, n=50), WriteSAE(7, 6, 4)
     history = fit_alternating(sae, X.keys[:, 0], X.values[:, 0], rng(3), steps=2, sample=12)
+    written(history, "the share of energy explained at every step, a list")
     g, x, y = rng(3), F.normalize(X.keys[:, 0], dim=-1), F.normalize(X.values[:, 0], dim=-1)
     first, restarted = torch.randint(50, (7,), generator=g).tolist(), 0
     keys, values = [x[n] for n in first], [y[n] for n in first]
@@ -1332,9 +1339,8 @@ def test_kl_divergence_by_hand_and_of_tiny_effects():
     nats still has two digits. Never negative."""
     p, q = (torch.tensor([x, 1 - x]).log() for x in (0.5, 0.25))
     by_hand = pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
-    assert (
-        writesae.kl_divergence(p, q).item() == by_hand
-    ), "Σ p (log p − log q): p and q swapped?"
+    kl = written(writesae.kl_divergence(p, q), "a KL in nats for each distribution, [...]")
+    assert kl.item() == by_hand, "Σ p (log p − log q): p and q swapped?"
     p = torch.randn(1000, generator=rng(0)).double().log_softmax(-1)
     q = (p + 1e-4 * torch.randn(1000, generator=rng(1))).log_softmax(-1)
     exact = (p.exp() * (p - q)).sum()
@@ -1745,7 +1751,7 @@ def test_read_key_by_hand():
     """Reads (−1, 0) at once and (0, 1) after a decay of ½: (−1, 0) is heard with gain 1, then 0."""
     q = torch.tensor([[-1.0, 0], [0, 1]])[None, :, None]
     s = StepInputs(q, q, q, torch.full((1, 2, 1, 1), math.log(0.5)))
-    key = writesae.read_key(s)[0, 0].tolist()
+    key = written(writesae.read_key(s), "a unit key for each head, [N, C, K]")[0, 0].tolist()
     assert [abs(x) for x in key] == pytest.approx(
         [1, 0], abs=1e-6
     ), "the decay before each read?"

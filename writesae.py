@@ -839,7 +839,8 @@ def fires(a: Tensor, match: Tensor, cosine_min: float) -> Tensor:
 
 def dictionary_figures(table: Table, name: str, cosine_min: float) -> dict:
     """One dictionary's coverage, its `rates` at firings, and (_all) over every position; with
-    by_coverage the same for other thresholds, since a rate can be bought with silence."""
+    by_coverage the same for other thresholds, since a rate can be bought with silence; and
+    failure_by_quartile, 1 − win rate by quarters of the effect of delete, weakest first."""
     atom, delete = effect(table, name), effect(table, "delete")
 
     def at(threshold: float) -> dict:
@@ -853,6 +854,10 @@ def dictionary_figures(table: Table, name: str, cosine_min: float) -> dict:
         whole = rates(effect(table, name + "_whole"), delete)
         figures["whole_win_rate_all"] = whole["win_rate"]
         figures["whole_recovered_all"] = whole["recovered_pooled"]
+    here = fires(table["a_" + name], table["cosine_" + name], cosine_min)
+    wins = (atom < delete)[here][delete[here].argsort()]
+    quarters = wins.tensor_split(4) if len(wins) >= 4 else []
+    figures["failure_by_quartile"] = [1 - mean(quarter) for quarter in quarters]
     thresholds = (-1.0, 0.5, 0.6, 0.71, 0.8, 0.9)
     figures["by_coverage"] = [dict(cosine_min=c) | at(c) for c in thresholds]
     return figures
@@ -866,17 +871,15 @@ def replacement_figures(table: Table, cosine_min: float, generator: torch.Genera
         win_ci95_by_...      95 %, drawing whole files, or all firings of an atom, again
         per_atom_win_rate    mean over the n_atoms_often atoms with at least five firings
         strict_order_rate    share with atom < delete < random
-        failure_by_quartile  1 − win rate by quarters of the effect of delete, weakest first
     """
     here = fires(table["a_atom"], table["cosine_atom"], cosine_min)
     kl = {name: effect(table, name) for name in ("atom", "delete", "random", "projected", "native")}
-    wins, delete = (kl["atom"] < kl["delete"])[here], kl["delete"][here]
+    wins = (kl["atom"] < kl["delete"])[here]
     atoms, which, uses = table["index_atom"][here].unique(return_inverse=True, return_counts=True)
     per_atom = torch.bincount(which, wins.double(), len(atoms)) / uses
     often = uses >= 5
     control = here & kl["random"].isfinite()  # firings where the controls were measured
     ordered = (kl["atom"] < kl["delete"]) & (kl["delete"] < kl["random"])
-    weak_to_strong = wins[delete.argsort()].tensor_split(4) if len(wins) >= 4 else []
     by_step = [
         rates(table["kl_atom"][here, h].double(), table["kl_delete"][here, h].double())
         for h in range(HORIZONS)
@@ -894,7 +897,6 @@ def replacement_figures(table: Table, cosine_min: float, generator: torch.Genera
         strict_order_rate=mean(ordered[control]),
         projected_win_rate=mean((kl["projected"] < kl["delete"])[control]),
         median_kl={name: x[here & x.isfinite()].nanmedian().item() for name, x in kl.items()},
-        failure_by_quartile=[1 - mean(quarter) for quarter in weak_to_strong],
         by_horizon=[dict(horizon=h) | step for h, step in enumerate(by_step)],
     )
     if "kl_untrained" in table:
