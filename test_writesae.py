@@ -1,5 +1,5 @@
-"""What models.py promises, as tests. CPU only, no network; every shape has K ≠ V, because square
-heads hide transposed ones."""
+"""What models.py, writesae.py and run.py promise, as tests. CPU only, no network; every shape has
+K ≠ V, because square heads hide transposed ones."""
 
 import ast
 import doctest

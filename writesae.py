@@ -846,6 +846,9 @@ def dictionary_figures(table: Table, name: str, cosine_min: float) -> dict:
     def at(threshold: float) -> dict:
         here = fires(table["a_" + name], table["cosine_" + name], threshold)
         share = dict(coverage=mean(here), n_firings=int(here.sum()))
+        wins = (atom < delete)[here][delete[here].argsort()]
+        quarters = wins.tensor_split(4) if len(wins) >= 4 else []
+        share["failure_by_quartile"] = [1 - mean(quarter) for quarter in quarters]
         return share | rates(atom[here], delete[here])
 
     everywhere = rates(atom, delete)
@@ -854,10 +857,6 @@ def dictionary_figures(table: Table, name: str, cosine_min: float) -> dict:
         whole = rates(effect(table, name + "_whole"), delete)
         figures["whole_win_rate_all"] = whole["win_rate"]
         figures["whole_recovered_all"] = whole["recovered_pooled"]
-    here = fires(table["a_" + name], table["cosine_" + name], cosine_min)
-    wins = (atom < delete)[here][delete[here].argsort()]
-    quarters = wins.tensor_split(4) if len(wins) >= 4 else []
-    figures["failure_by_quartile"] = [1 - mean(quarter) for quarter in quarters]
     thresholds = (-1.0, 0.5, 0.6, 0.71, 0.8, 0.9)
     figures["by_coverage"] = [dict(cosine_min=c) | at(c) for c in thresholds]
     return figures
