@@ -1355,6 +1355,8 @@ def test_kl_divergence_by_hand_and_of_tiny_effects():
         kl >= 0
     ).all() and kl.isfinite().all(), "e^d overflows where p is nothing beside q"
     assert writesae.kl_divergence(wide, wide).tolist() == [0, 0]
+    p, q = torch.randn(2, 3, 100, 7, generator=rng(2)).log_softmax(-1)  # more rows than a block
+    assert_close(writesae.kl_divergence(p, q), (p.exp() * (p - q)).sum(-1))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -1862,6 +1864,38 @@ def test_codes_say_of_every_write_what_encode_says_and_firings_are_those_near_en
     where = [i for i in range(150) if i % 15 in (3, 7, 8) and cosine[i] >= 0.2 and a[i] > 0]
     assert 0 < len(where) < 30, "a case where some fire and some do not"
     assert list(zip(*(x.tolist() for x in at.values()))) == [rows[i] for i in where]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_what_is_collected_are_the_writes_and_every_sixteenth_state(kind):
+    cell = tiny_cell(kind, B=3, T=34, head=2)
+    s = native_inputs(cell)
+    (writes,) = writesae.collect(cell.model, cell.tokens, 1, [2], skip=4)
+    expected = write_of(s.k[:, 4:, 0].flatten(0, 1), s.v[:, 4:, 0].flatten(0, 1))
+    assert_close(writes.matrix(), expected.matrix())
+    (found,) = writesae.collect(cell.model, cell.tokens, 1, [2], "state")
+    expected = states(s)[:, [15, 31], 0].flatten(0, 1)
+    assert_close(found.matrix(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_atom_described_by_hand():
+    """Three firings at tokens 5, 5 and 8 of two files; token 9 loses 3 nats, by chance one 1."""
+    tokens = torch.tensor([[1, 5, 1, 5, 2, 3], [2, 8, 4, 4, 4, 4]])
+    cell = tiny_cell("gdn", B=2)._replace(tokens=tokens, file=torch.tensor([0, 1]))
+    decode = models.Tokenizer(None, lambda ids: " ".join(map(str, ids)))
+    passage, position = torch.tensor([0, 0, 1]), torch.tensor([1, 3, 1])
+    at = dict(passage=passage, position=position, token=tokens[passage, position])
+    at |= dict(index=torch.tensor([7] * 3), cosine=torch.tensor([0.8, 0.8, 0.5]))
+    lost, control = torch.zeros(2, 3, 20)
+    lost[:, 9], control[:, 4] = -3, torch.tensor([-2.0, -1, 0])
+    corpus = run.Corpus(decode, {}, torch.device("cpu"))
+    d = run.describe(cell, corpus, at, lost, control)
+    assert (d["atom"], d["n_firings"], d["n_files"]) == (7, 3, 2)
+    assert (d["token"], d["after"], d["promoted"][0]) == ("5", "1", "9")
+    shares = d["token_purity"], d["after_share"], d["cosine"]
+    assert shares == pytest.approx((2 / 3, 2 / 3, 0.7))
+    assert (d["promoted_nats"][0], d["random_nats"]) == (-3, -1)
+    assert d["contexts"] == ["1⟦5⟧1 5 2 3", "2⟦8⟧4 4 4 4"]
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
