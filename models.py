@@ -200,7 +200,7 @@ def apply_edits(o: Tensor, state: Tensor, s: StepInputs, start: int, edits: list
 
 # ---- 3. Three adapters: from a layer's input to the six tensors, from the reads o to its output
 #
-#    inputs(h, cache, v_first) -> StepInputs, rest, cache    h [B, T, D]; rest: what `output` needs
+#    inputs(h, cache, v_first) -> StepInputs, rest, cache    h [B, T, D]; rest: a tuple, for `output`
 #    gate_and_scale(o, rest) -> gate [B, T, H, V], scale [B, T, H, 1]          o [B, T, H, V]
 #    output(o, rest) -> [B, T, D]: W_out(gate · scale · o + ...), scale a norm's 1/rms
 #
@@ -281,7 +281,7 @@ class GatedDeltaNet(nn.Module):
         return x.repeat_interleave(self.repeats, 2)
 
     def inputs(self, h, cache, v_first=None):
-        """h [B, T, D] -> the six tensors, z, the cache's new conv tail."""
+        """h [B, T, D] -> the six tensors, (z,), the cache's new conv tail."""
         qkv, tail = causal_conv(self.in_proj_qkv(h), cache.get("tail"), self.conv1d)
         key_size = self.key_heads * self.K
         q, k, v = qkv.split([key_size, key_size, self.heads * self.V], -1)
@@ -294,17 +294,18 @@ class GatedDeltaNet(nn.Module):
         log_alpha = -A * F.softplus(step)  # [B, T, H, 1]
         erase_out = log_alpha.exp() * beta * k
         s = StepInputs(q, k, beta * v, log_alpha, erase_in=k, erase_out=erase_out)
-        return s, self.in_proj_z(h), {"tail": tail}
+        return s, (self.in_proj_z(h),), {"tail": tail}
 
-    def gate_and_scale(self, o, z):
+    def gate_and_scale(self, o, rest):
         """RMSNorm(o) silu(z) = o / rms(o) · w · silu(z): gate = silu(z) w, scale = 1/rms(o)."""
+        (z,) = rest
         gate = F.silu(per_head(z, self.heads)) * self.norm.weight
         return gate, self.norm.scale(o)
 
-    def output(self, o, z):
+    def output(self, o, rest):
         """W_out( gate · scale · o ): norm, then gate."""
-        gate, scale = self.gate_and_scale(o, z)
-        return self.out_proj((gate * scale * o).flatten(-2).to(z.dtype))
+        gate, scale = self.gate_and_scale(o, rest)
+        return self.out_proj((gate * scale * o).flatten(-2).to(rest[0].dtype))
 
 
 class Mamba2(nn.Module):
@@ -521,27 +522,37 @@ class Cache(NamedTuple):
 
 
 class Block(nn.Module):
-    """`mix`: x + mixer(norm1(x)); then `feed`: x + mlp(norm2(x)), where there is an MLP. (Apart,
-    because the logit formula has to stand between them.)"""
+    """`mix`: x + mixer(norm1(x)); then `feed`: x + mlp(norm2(x)), where there is an MLP. A recurrent
+    mixer comes in two halves, `read` and `write_out`: an edit of the state stands between them."""
     def __init__(self, mixer: nn.Module, norm1: nn.Module, mlp=None, norm2=None):
         super().__init__()
         self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp
         self.recurrent = not isinstance(mixer, GatedAttention)  # whether it has a state
 
-    def mix(self, stream: Stream, cache: dict, start=0, edits=()) -> tuple[Stream, dict]:
-        """The first half, over tokens from position start on, and the mixer's new cache."""
-        x, v_first = stream
-        if not self.recurrent:
-            y, new = self.mixer(self.norm1(x), cache)
-            return Stream(x + y, v_first), new
-        s, rest, new = self.mixer.inputs(self.norm1(x), cache, v_first)
-        with torch.autocast(x.device.type, enabled=False):  # the recurrence stays fp32
+    def read(self, stream: Stream, cache: dict):
+        """Up to the reads: o [B, T, H, V], the six tensors, the rest that `write_out` needs, and
+        the mixer's new cache."""
+        s, rest, new = self.mixer.inputs(self.norm1(stream.x), cache, stream.v_first)
+        with torch.autocast(stream.x.device.type, enabled=False):  # the recurrence stays fp32
             o, state = recurrence_chunked(s, cache.get("state"))  # `recurrence`, faster: section 6
-        if edits:
-            o, state = apply_edits(o, state, s, start, edits)
+        return o, s, rest, new | {"state": state}
+
+    def write_out(self, stream: Stream, o: Tensor, s: StepInputs, rest: tuple) -> Stream:
+        """From the reads on: the stream after the mixer."""
+        v_first = stream.v_first
         if isinstance(self.mixer, RWKV7) and v_first is None:
             v_first = s.v
-        return Stream(x + self.mixer.output(o, rest), v_first), new | {"state": state}
+        return Stream(stream.x + self.mixer.output(o, rest), v_first)
+
+    def mix(self, stream: Stream, cache: dict, start=0, edits=()) -> tuple[Stream, dict]:
+        """The first half, over tokens from position start on, and the mixer's new cache."""
+        if not self.recurrent:
+            y, new = self.mixer(self.norm1(stream.x), cache)
+            return stream._replace(x=stream.x + y), new
+        o, s, rest, new = self.read(stream, cache)
+        if edits:
+            o, new["state"] = apply_edits(o, new["state"], s, start, edits)
+        return self.write_out(stream, o, s, rest), new
 
     def feed(self, stream: Stream, cache: dict) -> tuple[Stream, dict]:
         """The second half, and the MLP's new cache."""

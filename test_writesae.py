@@ -990,10 +990,10 @@ def test_cosines_of_tiny_and_of_large_writes():
 
 def test_what_cannot_be_trained_that_way_is_refused():
     X = random_writes(0, n=50)
-    for settings in (dict(encoder="dense"), dict(decoder="flat"), dict(active=2)):
+    for kind in (dict(encoder="dense"), dict(decoder="flat"), dict(active=2)):
         with pytest.raises(InputError, match="fit_alternating"):
             fit_alternating(
-                WriteSAE(9, 6, 4, **settings), X.keys[:, 0], X.values[:, 0], rng(0)
+                WriteSAE(9, 6, 4, **kind), X.keys[:, 0], X.values[:, 0], rng(0)
             )
     with pytest.raises(InputError, match="tied"):
         WriteSAE(9, 6, 4, encoder="dense", sparsity="pursuit")
@@ -1556,8 +1556,7 @@ def test_gated_rungs_are_the_direct_path_with_the_norms_scale_held_fixed(
     expected, model = rungs_of(p, change, targets)[rung], p.cell.model
     block, scaled = model.layers[1], rung == "gated and scaled"
     last, _ = model.run(p.stream, p.cache, first=1)
-    o, _, rest = writesae.all_heads(block, p.stream, p.cache.layers[1])
-    gate, scale = block.mixer.gate_and_scale(o, rest)
+    gate, scale = block.mixer.gate_and_scale(p.o, p.rest)
     held = gate, scale if scaled else torch.ones_like(scale)
     norm = Fixed(model.norm, last.x) if scaled else torch.nn.Identity()
     monkeypatch.setattr(block.mixer, "gate_and_scale", lambda o, rest: held)

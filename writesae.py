@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import Cache, Edit, InputError, LanguageModel, StepInputs, Stream, at_least_fp32
-from models import propagate, recurrence_chunked, require, save_then_rename, states
+from models import propagate, require, save_then_rename, states
 
 
 # ---- 1. Matrices as factors ----------------------------------------------------------------------
@@ -507,6 +507,14 @@ class Cell(NamedTuple):
     progress: Callable = iter  # wraps a loop, such as a progress bar
 
 
+def moved_reads(change: Factored, s: StepInputs) -> Tensor:
+    """How a change of a head's state moves its reads: δo_t = Σ_r (u_t · q_t) value_r with u_t = A_t
+    u_{t-1} from key_r on (models.propagate). change [N, r, ·], s [N, T, 1, ·] -> [N, T, V]"""
+    each = torch.zeros(change.keys.shape[1], dtype=torch.long, device=s.q.device)
+    gain, _ = propagate(change.keys, s.heads(each))  # [N, T, r]: the head once for every factor
+    return (gain.unsqueeze(-1) * change.values.unsqueeze(1)).sum(2)
+
+
 class Point(NamedTuple):
     """Where branches start: position t of P passages, and the native run over t..t+10."""
 
@@ -514,16 +522,18 @@ class Point(NamedTuple):
     t: int
     passage: Tensor  # [P] which passages of the text these are
     stream: Stream  # at the edited layer's input, t..t+10
-    cache: Cache  # of the tokens before t; only the layers from the edited one up are filled
+    o: Tensor  # [P, 11, H, V] the layer's reads there, and
+    rest: tuple[Tensor, ...]  # what else its output is made of
     s: StepInputs  # the six tensors of the edited head, H = 1, t..t+10
+    cache: Cache  # of the tokens before t; only the layers from the edited one up are filled
     logp: Tensor  # [P, 11, vocab] native log-probabilities
 
     def rows(self, index: Tensor) -> Point:
         """Some of the P passages."""
-        per_passage = dict(passage=self.passage[index], logp=self.logp[index])
-        for name in ("stream", "cache", "s"):
-            per_passage[name] = getattr(self, name).rows(index)
-        return self._replace(**per_passage)
+        chosen = dict(rest=tuple(x[index] for x in self.rest))
+        chosen |= {name: getattr(self, name)[index] for name in ("passage", "o", "logp")}
+        chosen |= {name: getattr(self, name).rows(index) for name in ("stream", "s", "cache")}
+        return self._replace(**chosen)
 
     def write(self) -> Factored:
         """What the head writes at t: k vᵀ of every passage."""
@@ -548,19 +558,26 @@ class Point(NamedTuple):
             A = A.times(inner(A, X) / inner(A, A).clamp_min(1e-30))
         return index, a, A, cosine(A, X)
 
-    def logits(self, change: Factored) -> Tensor:
-        """Logits at t..t+10 if change_i is added to the head's state after t in passage i of these
-        P: change [P, r, ·] -> [P, 11, vocab].
+    def moved(self, change: Factored) -> Tensor:
+        """How all heads' reads move, [P, 11, H, V], if change_i is added to the head's state after
+        t in passage i: change [P, r, ·]. (Only this head's do.)"""
+        head, H = self.cell.head, self.o.shape[2]
+        delta_o = moved_reads(change, self.s)
+        return F.pad(delta_o[:, :, None], (0, 0, head, H - head - 1))
 
-        Each of the r factors is one rank-1 edit. Nothing below the edited layer and nothing before
-        t runs again.
-        """
-        model, layer, head = self.cell[:3]
-        edits = []
-        for key, value in zip(change.keys.unbind(1), change.values.unbind(1)):
-            edits.append(Edit(layer, head, self.t, key, value))
-        after, _ = model.run(self.stream, self.cache, edits, first=layer)
+    def onward(self, mixed: Stream) -> Tensor:
+        """Logits at t..t+10 from the stream after the edited layer's mixer, [P, 11, vocab]."""
+        model, layer = self.cell[:2]
+        fed, _ = model.layers[layer].feed(mixed, self.cache.layers[layer])
+        after, _ = model.run(fed, self.cache, first=layer + 1)
         return at_least_fp32(model.unembed(after))
+
+    def logits(self, change: Factored) -> Tensor:
+        """Logits at t..t+10 after this change, [P, 11, vocab]. Nothing before t runs again, and
+        nothing below the reads of the edited layer: a change of the state moves them alone."""
+        block = self.cell.model.layers[self.cell.layer]
+        o = self.o + self.moved(change)
+        return self.onward(block.write_out(self.stream, o, self.s, self.rest))
 
     def branch(self, change: Factored) -> Tensor:
         """The same as log-probabilities."""
@@ -577,6 +594,7 @@ def points(cell: Cell, branches: int = 1):
     """
     model, layer, head, tokens, positions = cell[:5]
     model.check_cell(layer, head)
+    block = model.layers[layer]
     fit = len(positions) and positions[0] >= 1 and positions[-1] + HORIZONS <= tokens.shape[1]
     require(
         fit,
@@ -588,13 +606,18 @@ def points(cell: Cell, branches: int = 1):
     for passage, t in cell.progress([(passage, t) for passage in batches for t in positions]):
         if t == positions[0]:
             below, _ = model.run(model.embed(tokens[passage]), last=layer)  # the layer's input
-            last, _ = model.run(below, first=layer)  # the last layer's output
-            s = model.step_inputs(below, layer).heads([head])
+            o, s, rest, _ = block.read(below, {})
+            mixed = block.write_out(below, o, s, rest)
+            fed, _ = block.feed(mixed, {})
+            last, _ = model.run(fed, first=layer + 1)  # the last layer's output
+            below, s = below._replace(v_first=mixed.v_first), s.heads([head])
             cache, done = None, 0
         _, cache = model.run(below.times(done, t), cache, first=layer)  # extended to t
         done, end = t, t + HORIZONS
         logp = at_least_fp32(model.unembed(last.times(t, end))).log_softmax(-1)
-        yield Point(cell, t, passage, below.times(t, end), cache, s.times(t, end), logp)
+        now = dict(stream=below.times(t, end), o=o[:, t:end], s=s.times(t, end), cache=cache)
+        now["rest"] = tuple(x[:, t:end] for x in rest)
+        yield Point(cell=cell, t=t, passage=passage, logp=logp, **now)
 
 
 def stack(parts: list[Table]) -> Table:
@@ -1134,23 +1157,6 @@ RUNGS = {  # each rung -> the order in the edit's size to which it is exact (0: 
 RANKS = (1, 2, 3, 4, 5, 10, 50)  # of the tokens whose logits are predicted, at the write's step
 
 
-def all_heads(block: nn.Module, stream: Stream, cache: dict):
-    """A recurrent layer's reads o [B, T, H, V], its six tensors, and what else its output needs."""
-    s, rest, _ = block.mixer.inputs(block.norm1(stream.x), cache, stream.v_first)
-    o, _ = recurrence_chunked(s, cache.get("state"))
-    return o, s, rest
-
-
-def moved_reads(change: Factored, s: StepInputs) -> Tensor:
-    """How a change of a head's state moves its reads: δo_t = Σ_r (u_t · q_t) value_r with u_t = A_t
-    u_{t-1} from key_r on (models.propagate). change [N, r, ·], s [N, T, 1, ·] -> [N, T, V]"""
-    delta_o = 0
-    for r in range(change.keys.shape[1]):
-        gain, _ = propagate(change.keys[:, r, None], s)  # [N, T, 1]
-        delta_o = delta_o + gain * change.values[:, r, None]
-    return delta_o
-
-
 def norm_slope(norm: nn.Module, x: Tensor) -> Tensor:
     """What a norm multiplies each channel of x by: weight / rms, a LayerNorm weight / std."""
     if isinstance(norm, nn.LayerNorm):
@@ -1190,10 +1196,9 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     targets [P, n] -> predicted [P, 9, 11, n] in RUNGS' order, measured [P, 11, n].
     """
     model, layer, head = p.cell[:3]
-    block, cache = model.layers[layer], p.cache.layers[layer]
-    o, s, rest = all_heads(block, p.stream, cache)
+    mixer, o, rest = model.layers[layer].mixer, p.o, p.rest
     last, _ = model.run(p.stream, p.cache, first=layer)
-    gate, scale = block.mixer.gate_and_scale(o, rest)
+    gate, scale = mixer.gate_and_scale(o, rest)
     gate = gate[:, :, head]  # [P, 11, V]
     scale = scale[:, :, head]  # [P, 11, 1]
     W_O = model.out_map(layer)[:, head]  # [D, V]
@@ -1207,22 +1212,19 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
         "gated": (gate * delta_o) @ W_O.T @ W_U.mT,
         "gated and scaled": final * ((gate * scale * delta_o) @ W_O.T) @ W_U.mT,
     }
-    other_heads = (0, 0, head, s.q.shape[2] - head - 1)
-    delta_o = F.pad(delta_o[:, :, None], other_heads)  # [P, 11, H, V]
-    y, y_edited = (block.mixer.output(x, rest) for x in (o, o + delta_o))
+    delta_o = p.moved(change)  # [P, 11, H, V]
+    y, y_edited = (mixer.output(x, rest) for x in (o, o + delta_o))
 
     def direct(eps: Tensor) -> Tensor:  # as if no layer came after this one
-        moved = block.mixer.output(o + eps * delta_o, rest) - y
+        moved = mixer.output(o + eps * delta_o, rest) - y
         return of_tokens(model.unembed(last._replace(x=last.x + moved)), targets)
 
     def full(eps: Tensor) -> Tensor:  # the model
         return of_tokens(p.logits(change.times(eps)), targets)
 
     def exact_head(eps: Tensor) -> Tensor:  # the model from y on
-        between = p.stream._replace(x=p.stream.x + y + eps * (y_edited - y))
-        fed, _ = block.feed(between, cache)
-        after, _ = model.run(fed, p.cache, first=layer + 1)
-        return of_tokens(model.unembed(after), targets)
+        mixed = p.stream._replace(x=p.stream.x + y + eps * (y_edited - y))
+        return of_tokens(p.onward(mixed), targets)
 
     zero, one = delta_o.new_zeros(()), delta_o.new_ones(())
     measured = full(one) - full(zero)
@@ -1365,7 +1367,7 @@ def read_prompts(
     for i, block in enumerate(model.layers):
         chosen = [head for layer, head in heads if layer == i]
         if chosen:
-            o, s, rest = all_heads(block, stream, before.layers[i])
+            o, s, rest, _ = block.read(stream, before.layers[i])
             gate, _ = block.mixer.gate_and_scale(o, rest)
             inputs.append(s.heads(chosen))
             gates.append(gate[:, -1, chosen])
@@ -1681,9 +1683,8 @@ def promoted_tokens(cell: Cell, at: Table, n_atoms: int) -> tuple[Tensor, Tensor
     W_O = model.out_map(layer)[:, head]  # [D, V]
     total = W_O.new_zeros(len(uses), W_O.shape[1])  # of gate · δo, per atom
     for p, i in events(cell, at):
-        block, part = model.layers[layer], some_rows(at, i)
-        o, _, rest = all_heads(block, p.stream, p.cache.layers[layer])
-        gate, _ = block.mixer.gate_and_scale(o, rest)
+        part = some_rows(at, i)
+        gate, _ = model.layers[layer].mixer.gate_and_scale(p.o, p.rest)
         delta_o = moved_reads(atoms_at(cell, part), p.s)  # [n, 11, V]
         moved = (gate[:, :, head] * delta_o).mean(1)
         total.index_add_(0, part["index"].to(total.device), moved)
