@@ -200,7 +200,7 @@ def apply_edits(o: Tensor, state: Tensor, s: StepInputs, start: int, edits: list
 
 # ---- 3. Three adapters: from a layer's input to the six tensors, from the reads o to its output
 #
-#    inputs(h, cache, v_first) -> StepInputs, rest, cache    h [B, T, D]; rest: a tuple, for `output`
+#    inputs(h, cache, v_first) -> StepInputs, rest, cache    h [B, T, D]; rest: a tuple for `output`
 #    gate_and_scale(o, rest) -> gate [B, T, H, V], scale [B, T, H, 1]          o [B, T, H, V]
 #    output(o, rest) -> [B, T, D]: W_out(gate · scale · o + ...), scale a norm's 1/rms
 #
@@ -522,8 +522,10 @@ class Cache(NamedTuple):
 
 
 class Block(nn.Module):
-    """`mix`: x + mixer(norm1(x)); then `feed`: x + mlp(norm2(x)), where there is an MLP. A recurrent
-    mixer comes in two halves, `read` and `write_out`: an edit of the state stands between them."""
+    """`mix`: x + mixer(norm1(x)); then `feed`: x + mlp(norm2(x)), where there is an MLP.
+
+    A recurrent mixer has two halves, `read` and `write_out`: an edit of the state stands between.
+    """
     def __init__(self, mixer: nn.Module, norm1: nn.Module, mlp=None, norm2=None):
         super().__init__()
         self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp

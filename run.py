@@ -907,12 +907,12 @@ Steering: key valueᵀ is added to the states at a prompt's last three positions
 are decoded. Targets: rank 100-1000 for the first new token; in the prompt, or absent from it.
 Nx: each edit is N times as large as the write beside it.  budget: of all a prompt's edits
 together, in such writes; the least after which all targets on the search prompts persist (not
-all: the largest tried), its row is from the unseen prompts.  persists: the target is among tokens 2 to 20 if the first is
-forced back to the unedited one: a memory.  appears: it is among the 20 (the paper's measure).
-lift: of log p(target) for the first new token, nats.  states: norm of the change of all states
-at the prompt's end, over theirs.  ppl: perplexity of what is said under the unedited model;
-forced: of saying the token at once, without an edit.  sign: share of targets whose first logit
-rises by one head's edit, 1x, at the last position."""
+all: the largest tried), its row is from the unseen prompts.  persists: the target is among
+tokens 2 to 20 if the first is forced back to the unedited one: a memory.  appears: it is among
+the 20 (the paper's measure).  lift: of log p(target) for the first new token, nats.  states:
+norm of the change of all states at the prompt's end, over theirs.  ppl: perplexity of what is
+said under the unedited model; forced: of saying the token at once, without an edit.  sign:
+share of targets whose first logit rises by one head's edit, 1x, at the last position."""
 STEER_COLUMNS = {
     "edit                               ": "{what}",
     "persists": "{strata[0][persists_rate]:.1%}",
@@ -1359,9 +1359,10 @@ EXPERIMENTS = {
 
 
 # ---- bench: ratios against other implementations, run for real in the same process ---------------
-RWKV_NAMES = """lm_head head, embedding emb, embed_norm blocks.0.ln0, norm1 ln1, norm2 ln2, g_norm ln_x,
-norm. ln_out., layers blocks, mixer att, mlp ffn, r_proj receptance, k_proj key, v_proj value,
-out_proj output, _lora.0.weight 1, _lora.2.weight 2, _lora.2.bias 0"""  # ours, theirs; in order
+RWKV_NAMES = """embedding emb, lm_head head, embed_norm blocks.0.ln0, norm1 ln1, norm2 ln2,
+g_norm ln_x, norm. ln_out., layers blocks, mixer att, mlp ffn, r_proj receptance, k_proj key,
+v_proj value, out_proj output, _lora.0.weight 1, _lora.2.weight 2, _lora.2.bias 0"""
+# ours, theirs; in this order
 
 
 class Peer:
