@@ -1951,7 +1951,9 @@ OPTIONS = {  # each option once; the commands below name those that they take
     "source": dict(
         default="write", choices=list(SAE_DEFAULTS), help="what is coded (state: as in the paper)"
     ),
-    "cosine-min": dict(type=finite, help=f"least cosine of a firing (default {COSINE_MIN})"),
+    "cosine-min": dict(
+        type=finite, help=f"least cosine of a firing (default {COSINE_MIN}: half the energy)"
+    ),
     "active": dict(type=positive, help="active atoms per input"),
     "encoder": dict(choices=list(writesae.ENCODERS)),
     "decoder": dict(choices=list(writesae.DECODERS)),
