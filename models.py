@@ -697,7 +697,7 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | 
         if N * C > T:
             x = F.pad(x, (0, 0, 0, 0, 0, N * C - T))
         x = x.view(B, N, C, H, -1).permute(1, 0, 3, 2, 4)
-        return x.reshape(N, B * H, C, -1)
+        return x.reshape(N, B * H, C, -1).contiguous()
 
     q, k = split(s.q), split(s.k)
     v, log_decay = split(s.v), split(s.log_decay)
@@ -720,12 +720,12 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | 
     outputs, add = [], torch.baddbmm  # add(a, b, c) is a + b @ c
     for n in range(N):
         o_n = add(o[n], q_start[n], S)  # [B·H, C, V]
-        S_n = add(decay[n] * S, k_end[n].mT, v[n])  # [B·H, K, V]
+        S_n = (decay[n] * S).baddbmm_(k_end[n].mT, v[n])  # [B·H, K, V]
         if s.erase_in is not None:
             rhs = add(found[n], in_start[n], S)
             w = torch.linalg.solve_triangular(found_erased[n], rhs, upper=False, unitriangular=True)
             o_n = add(o_n, read_erased[n], w, alpha=-1)
-            S_n = add(S_n, out_end[n].mT, w, alpha=-1)
+            S_n = S_n.baddbmm_(out_end[n].mT, w, alpha=-1)
         outputs.append(o_n)
         S = S_n
     o = torch.stack(outputs).view(N, B, H, C, V).permute(1, 0, 3, 2, 4)
