@@ -257,6 +257,23 @@ def test_chunks_learn_what_the_recurrence_learns(kind):
         close(b, a, "did you mask before exp only? 0 · inf is NaN in the gradient")
 
 
+def test_propagate_by_hand():
+    """Under (1, 1): read whole; then halved, less ¼ of what lay along (1, 0); then halved."""
+    q = torch.tensor([[1.0, 2], [1, 2], [1, 2]])[None, :, None]
+    erase = torch.tensor([[0.0, 0], [1, 0], [0, 0]])[None, :, None]
+    s = StepInputs(
+        q, 9 * q, 9 * q, torch.full((1, 3, 1, 1), math.log(0.5)), erase, erase / 4
+    )
+    result = propagate(torch.tensor([[[1.0, 1]]]), s)
+    gain, key = written(result, "the gain of each read [B, T, H] and the last key [B, H, K]")
+    assert_close(
+        gain[0, :, 0], torch.tensor([3, 1.25, 0.625]), msg="u_t = A_t u_{t-1}, from u = key"
+    )
+    assert_close(
+        key[0, 0], torch.tensor([0.125, 0.25]), msg="decay and erase move u; k, v do not"
+    )
+
+
 @given(
     st.sampled_from(ARCHITECTURES),
     st.integers(0, 99),
@@ -290,23 +307,6 @@ def test_an_edit_stays_rank_one_and_propagate_follows_it(kind, seed, T, K, V):
         atol=2e-5,
         rtol=1e-4,
         msg="did you forget to erase from u, or start it one token late?",
-    )
-
-
-def test_propagate_by_hand():
-    """Under (1, 1): read whole; then halved, less ¼ of what lay along (1, 0); then halved."""
-    q = torch.tensor([[1.0, 2], [1, 2], [1, 2]])[None, :, None]
-    erase = torch.tensor([[0.0, 0], [1, 0], [0, 0]])[None, :, None]
-    s = StepInputs(
-        q, 9 * q, 9 * q, torch.full((1, 3, 1, 1), math.log(0.5)), erase, erase / 4
-    )
-    result = propagate(torch.tensor([[[1.0, 1]]]), s)
-    gain, key = written(result, "the gain of each read [B, T, H] and the last key [B, H, K]")
-    assert_close(
-        gain[0, :, 0], torch.tensor([3, 1.25, 0.625]), msg="u_t = A_t u_{t-1}, from u = key"
-    )
-    assert_close(
-        key[0, 0], torch.tensor([0.125, 0.25]), msg="decay and erase move u; k, v do not"
     )
 
 
@@ -1130,21 +1130,6 @@ def planted(seed: int, n=24, N=6000, K=12, V=9):
     return keys, values, size * noisy(keys[which]), noisy(values[which])
 
 
-@pytest.mark.parametrize("method", ["alternating", "gradient"])
-def test_a_planted_dictionary_is_found(method):
-    keys, values, k, v = planted(0)
-    sae = WriteSAE(72, 12, 9, 1)  # three times as many as were planted
-    if method == "alternating":
-        history = fit_alternating(sae, k, v, rng(0), steps=30, sample=3000)
-        assert history[-1] > history[0], "the share of energy explained must rise"
-    else:
-        how = dict(steps=400, batch=256, lr=0.03, dead_after=2000, resample_every=80)
-        history = fit_gradient(sae, write_of(k, v), rng(0), **how)
-        assert history[-1] < history[0]
-    overlap = sae.atoms.products(write_of(keys, values))  # ⟨planted atom, learned atom⟩
-    assert (overlap.max(1).values > 0.98).float().mean() >= 0.95, "did dead atoms restart?"
-
-
 def test_two_alternating_steps_by_hand():
     """Assign, sum with the right weights, normalise, restart: against plain loops over writes."""
     X, sae = random_writes(0, n=50), WriteSAE(7, 6, 4)
@@ -1191,6 +1176,21 @@ def test_two_alternating_steps_by_hand():
     )
     assert_close(sae.atoms.values[:, 0], torch.stack(values), msg=value_help)
     assert restarted > 0, "the draw was chosen such that atoms restart"
+
+
+@pytest.mark.parametrize("method", ["alternating", "gradient"])
+def test_a_planted_dictionary_is_found(method):
+    keys, values, k, v = planted(0)
+    sae = WriteSAE(72, 12, 9, 1)  # three times as many as were planted
+    if method == "alternating":
+        history = fit_alternating(sae, k, v, rng(0), steps=30, sample=3000)
+        assert history[-1] > history[0], "the share of energy explained must rise"
+    else:
+        how = dict(steps=400, batch=256, lr=0.03, dead_after=2000, resample_every=80)
+        history = fit_gradient(sae, write_of(k, v), rng(0), **how)
+        assert history[-1] < history[0]
+    overlap = sae.atoms.products(write_of(keys, values))  # ⟨planted atom, learned atom⟩
+    assert (overlap.max(1).values > 0.98).float().mean() >= 0.95, "did dead atoms restart?"
 
 
 def test_only_active_atoms_end_their_silence_and_dead_ones_count_a_32nd(monkeypatch):
