@@ -2518,6 +2518,15 @@ def test_what_is_no_file_of_results_is_refused():
     assert run.main(["replace", "--results", path, "--plot", "x.png"]) == 2
 
 
+def test_a_reader_that_has_gone_gets_no_traceback():
+    path = os.path.join(HERE, "figures", "replace.json")
+    words = [sys.executable, os.path.join(HERE, "run.py"), "replace", "--results", path]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+    assert process.returncode == 1
+
+
 def test_a_table_aligns_and_shows_what_is_missing(capsys):
     columns = {"name ": "{name}", "rate": "{rate:.1%}", "deep": "{x[0][y]}"}
     printer = run.TablePrinter(run.Experiment(None, columns, list, ""))
