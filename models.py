@@ -304,8 +304,9 @@ class GatedDeltaNet(nn.Module):
 
     def output(self, o, rest):
         """W_out( gate · scale · o ): norm, then gate."""
+        (z,) = rest
         gate, scale = self.gate_and_scale(o, rest)
-        return self.out_proj((gate * scale * o).flatten(-2).to(rest[0].dtype))
+        return self.out_proj((gate * scale * o).flatten(-2).to(z.dtype))
 
 
 class Mamba2(nn.Module):
@@ -421,7 +422,8 @@ class RWKV7(nn.Module):
 
     def output(self, o, rest):
         """W_out( gate · scale · (o − mean o) + g · (bias + (Σ_K r k r_k) v) )."""
-        (g, bonus), (gate, scale) = rest, self.gate_and_scale(o, rest)
+        g, bonus = rest
+        gate, scale = self.gate_and_scale(o, rest)
         y = gate * scale * (o - o.mean(-1, keepdim=True))
         y = y + per_head(g, self.heads) * (per_head(self.g_norm.bias, self.heads) + bonus)
         return self.out_proj(y.flatten(-2).to(g.dtype))
@@ -532,29 +534,28 @@ class Block(nn.Module):
         self.recurrent = not isinstance(mixer, GatedAttention)  # whether it has a state
 
     def read(self, stream: Stream, cache: dict):
-        """Up to the reads: o [B, T, H, V], the six tensors, the rest that `write_out` needs, and
-        the mixer's new cache."""
+        """Up to the reads: the stream (RWKV-7's layer 0 adds v_first), o [B, T, H, V], the six
+        tensors, the rest that `write_out` needs, and the mixer's new cache."""
         s, rest, new = self.mixer.inputs(self.norm1(stream.x), cache, stream.v_first)
         with torch.autocast(stream.x.device.type, enabled=False):  # the recurrence stays fp32
             o, state = recurrence_chunked(s, cache.get("state"))  # `recurrence`, faster: section 6
-        return o, s, rest, new | {"state": state}
+        if isinstance(self.mixer, RWKV7) and stream.v_first is None:
+            stream = stream._replace(v_first=s.v)
+        return stream, o, s, rest, new | {"state": state}
 
-    def write_out(self, stream: Stream, o: Tensor, s: StepInputs, rest: tuple) -> Stream:
+    def write_out(self, stream: Stream, o: Tensor, rest: tuple) -> Stream:
         """From the reads on: the stream after the mixer."""
-        v_first = stream.v_first
-        if isinstance(self.mixer, RWKV7) and v_first is None:
-            v_first = s.v
-        return Stream(stream.x + self.mixer.output(o, rest), v_first)
+        return stream._replace(x=stream.x + self.mixer.output(o, rest))
 
     def mix(self, stream: Stream, cache: dict, start=0, edits=()) -> tuple[Stream, dict]:
         """The first half, over tokens from position start on, and the mixer's new cache."""
         if not self.recurrent:
             y, new = self.mixer(self.norm1(stream.x), cache)
             return stream._replace(x=stream.x + y), new
-        o, s, rest, new = self.read(stream, cache)
+        stream, o, s, rest, new = self.read(stream, cache)
         if edits:
             o, new["state"] = apply_edits(o, new["state"], s, start, edits)
-        return self.write_out(stream, o, s, rest), new
+        return self.write_out(stream, o, rest), new
 
     def feed(self, stream: Stream, cache: dict) -> tuple[Stream, dict]:
         """The second half, and the MLP's new cache."""
@@ -620,10 +621,11 @@ class LanguageModel(nn.Module):
         """The stream after the last layer -> logits [B, T, vocab]."""
         return F.linear(self.norm(stream.x), self.unembedding)
 
-    def step_inputs(self, stream: Stream, layer: int, cache: Cache | None = None) -> StepInputs:
-        """The six tensors of a recurrent layer, from the stream at its input."""
-        block, cache = self.layers[layer], cache or self.empty_cache()
-        return block.mixer.inputs(block.norm1(stream.x), cache.layers[layer], stream.v_first)[0]
+    def step_inputs(self, stream: Stream, layer: int) -> StepInputs:
+        """The six tensors of a recurrent layer, from the stream of a whole text at its input."""
+        block = self.layers[layer]
+        s, _, _ = block.mixer.inputs(block.norm1(stream.x), {}, stream.v_first)
+        return s
 
     def empty_cache(self) -> Cache:
         """The cache before the first token."""
@@ -663,7 +665,8 @@ def decayed_scores(x, log_x, ys: list[Tensor], log_y, diagonal: int) -> list[Ten
     fp32.
     """
     if log_x.shape[-1] == 1:
-        decay = (log_x - log_y.mT).tril(diagonal).exp().tril(diagonal)  # before exp: no overflow
+        # tril before exp: no overflow above the diagonal; and after: no exp(0) = 1 there
+        decay = (log_x - log_y.mT).tril(diagonal).exp().tril(diagonal)
         return [(x @ y.mT) * decay for y in ys]
     middle = log_y[..., log_y.shape[-2] // 2, None, :]
     x, grow = x * (log_x - middle).exp(), (middle - log_y).exp()
@@ -681,7 +684,7 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | 
 
     Put that into the definition of w: each depends on those before it, a triangular system
 
-        (I + found_erased) w = found_writes v + e^{L_{t-1}} erase_in S    (unitriangular: the I)
+        (I + found_erased) w = found_writes v + e^{L_{t-1}} erase_in S    (unitriangular adds I)
 
     where `found` are the scores of erase_in against earlier tokens' erase_outs and keys. All else
     is a product. chunk: C, by default 32 with one decay per head, 16 with one per channel.
@@ -697,7 +700,8 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | 
         if N * C > T:
             x = F.pad(x, (0, 0, 0, 0, 0, N * C - T))
         x = x.view(B, N, C, H, -1).permute(1, 0, 3, 2, 4)
-        return x.reshape(N, B * H, C, -1).contiguous()
+        x = x.reshape(N, B * H, C, -1)
+        return x.contiguous()  # one copy, or each product makes its own
 
     q, k = split(s.q), split(s.k)
     v, log_decay = split(s.v), split(s.log_decay)

@@ -529,7 +529,7 @@ def saved_cells(args):
             for r in json.load(f):
                 cells.setdefault((r["model"], r["layer"], r["head"]), []).append(r)
         for (model, layer, head), results in cells.items():
-            EXPERIMENTS[args.command].rows(results)
+            EXPERIMENTS[args.command].rows(results)  # raises here if they are another command's
             yield dict(model=model, layer=layer, head=head), results, {}
 
 
@@ -1359,10 +1359,10 @@ EXPERIMENTS = {
 
 
 # ---- bench: ratios against other implementations, run for real in the same process ---------------
+#: Parts of names, ours and theirs, replaced in this order.
 RWKV_NAMES = """embedding emb, lm_head head, embed_norm blocks.0.ln0, norm1 ln1, norm2 ln2,
 g_norm ln_x, norm. ln_out., layers blocks, mixer att, mlp ffn, r_proj receptance, k_proj key,
 v_proj value, out_proj output, _lora.0.weight 1, _lora.2.weight 2, _lora.2.bias 0"""
-# ours, theirs; in this order
 
 
 class Peer:

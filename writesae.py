@@ -577,7 +577,7 @@ class Point(NamedTuple):
         nothing below the reads of the edited layer: a change of the state moves them alone."""
         block = self.cell.model.layers[self.cell.layer]
         o = self.o + self.moved(change)
-        return self.onward(block.write_out(self.stream, o, self.s, self.rest))
+        return self.onward(block.write_out(self.stream, o, self.rest))
 
     def branch(self, change: Factored) -> Tensor:
         """The same as log-probabilities."""
@@ -606,12 +606,10 @@ def points(cell: Cell, branches: int = 1):
     for passage, t in cell.progress([(passage, t) for passage in batches for t in positions]):
         if t == positions[0]:
             below, _ = model.run(model.embed(tokens[passage]), last=layer)  # the layer's input
-            o, s, rest, _ = block.read(below, {})
-            mixed = block.write_out(below, o, s, rest)
-            fed, _ = block.feed(mixed, {})
+            below, o, s, rest, _ = block.read(below, {})
+            fed, _ = block.feed(block.write_out(below, o, rest), {})
             last, _ = model.run(fed, first=layer + 1)  # the last layer's output
-            below, s = below._replace(v_first=mixed.v_first), s.heads([head])
-            cache, done = None, 0
+            s, cache, done = s.heads([head]), None, 0
         _, cache = model.run(below.times(done, t), cache, first=layer)  # extended to t
         done, end = t, t + HORIZONS
         logp = at_least_fp32(model.unembed(last.times(t, end))).log_softmax(-1)
@@ -1205,19 +1203,19 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     W_U = at_least_fp32(model.unembedding[targets])  # [P, n, D]
     final = norm_slope(model.norm, at_least_fp32(last.x))  # [P, 11, D]
     without_erase = p.s._replace(erase_in=None, erase_out=None)
-    delta_o = moved_reads(change, p.s)  # [P, 11, V]
+    moved = p.moved(change)  # [P, 11, H, V]
+    delta_o = moved[:, :, head]  # [P, 11, V]
     rungs = {  # each [P, 11, n]
         "three factors": moved_reads(change, without_erase) @ W_O.T @ W_U.mT,
         "exact transition": delta_o @ W_O.T @ W_U.mT,
         "gated": (gate * delta_o) @ W_O.T @ W_U.mT,
         "gated and scaled": final * ((gate * scale * delta_o) @ W_O.T) @ W_U.mT,
     }
-    delta_o = p.moved(change)  # [P, 11, H, V]
-    y, y_edited = (mixer.output(x, rest) for x in (o, o + delta_o))
+    y, y_edited = (mixer.output(x, rest) for x in (o, o + moved))
 
     def direct(eps: Tensor) -> Tensor:  # as if no layer came after this one
-        moved = mixer.output(o + eps * delta_o, rest) - y
-        return of_tokens(model.unembed(last._replace(x=last.x + moved)), targets)
+        x = last.x + mixer.output(o + eps * moved, rest) - y
+        return of_tokens(model.unembed(last._replace(x=x)), targets)
 
     def full(eps: Tensor) -> Tensor:  # the model
         return of_tokens(p.logits(change.times(eps)), targets)
@@ -1367,7 +1365,7 @@ def read_prompts(
     for i, block in enumerate(model.layers):
         chosen = [head for layer, head in heads if layer == i]
         if chosen:
-            o, s, rest, _ = block.read(stream, before.layers[i])
+            _, o, s, rest, _ = block.read(stream, before.layers[i])
             gate, _ = block.mixer.gate_and_scale(o, rest)
             inputs.append(s.heads(chosen))
             gates.append(gate[:, -1, chosen])
