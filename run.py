@@ -57,17 +57,8 @@ TRAINING_WINDOWS = dict(write=1500, state=800)  # of CONTEXT tokens
 METRIC_PASSAGES = 128  # for the read metric, POSITIONS[::4] of each
 NULL_PASSAGES = 600  # whose writes the untrained atoms are drawn from
 SAE_DEFAULTS = {  # by source: the write-aligned SAE, and one on states as the paper's
-    "write": dict(
-        atoms=16384, active=1, encoder="tied", decoder="rank1", sparsity="topk", metric="read"
-    ),
-    "state": dict(
-        atoms=2048,
-        active=32,
-        encoder="bilinear",
-        decoder="rank1",
-        sparsity="topk",
-        metric="frobenius",
-    ),
+    "write": dict(atoms=16384, active=1, encoder="tied", decoder="rank1", metric="read"),
+    "state": dict(atoms=2048, active=32, encoder="bilinear", decoder="rank1", metric="frobenius"),
 }
 
 
@@ -279,8 +270,8 @@ def cell_metric(cell: Cell, corpus: Corpus, quick: bool) -> tuple[Tensor, Tensor
 
 def fit(sae: WriteSAE, X: Factored, rng, quick: bool, steps: int | None, sample: int = 150_000):
     """Train an SAE by the method that fits its settings; says which in its cfg."""
-    settings = tuple(sae.cfg[key] for key in ("encoder", "decoder", "sparsity", "active", "source"))
-    if settings == ("tied", "rank1", "topk", 1, "write"):
+    settings = tuple(sae.cfg[key] for key in ("encoder", "decoder", "active", "source"))
+    if settings == ("tied", "rank1", 1, "write"):
         sae.cfg["method"] = "alternating updates"
         steps, sample = steps or (8 if quick else 24), 20_000 if quick else sample
         k, v = X.keys[:, 0], X.values[:, 0]
@@ -1137,15 +1128,12 @@ def draw_atoms(results: list[dict], tables: list[Table]):
 # ---- compare: dictionaries side by side, in the same branches ------------------------------------
 COMPARED_SAMPLE = 50_000  # writes a step of the alternating updates: a third of `train`'s
 COMPARED = dict(sizes=(256, 1024, 2048, 4096, 16384), active=(1, 2, 4, 8, 32), seeds=(0, 1, 2))
-VARIANTS = {  # the paper's five, and rank 2; then sparsity rules
+VARIANTS = {  # the paper's five
     "FlatSAE": dict(encoder="dense", decoder="flat"),
     "MatrixSAE": dict(encoder="dense", decoder="rank1"),
     "BilinearSAE": dict(encoder="bilinear", decoder="rank1"),
     "BilinearSAE, tied": dict(encoder="tied", decoder="rank1"),
     "BilinearSAE, flat": dict(encoder="bilinear", decoder="flat"),
-    "rank 2": dict(encoder="bilinear", decoder="rank2"),
-    "tied, BatchTopK": dict(sparsity="batchtopk"),
-    "tied, JumpReLU": dict(sparsity="jumprelu"),
 }
 
 
@@ -1957,7 +1945,6 @@ OPTIONS = {  # each option once; the commands below name those that they take
     "active": dict(type=positive, help="active atoms per input"),
     "encoder": dict(choices=list(writesae.ENCODERS)),
     "decoder": dict(choices=list(writesae.DECODERS)),
-    "sparsity": dict(choices=list(writesae.SPARSITIES[:3])),
     "metric": dict(choices=["read", "frobenius"], help="what near means"),
     "steps": dict(type=positive, help="training steps"),
     "force": dict(action="store_true", help="write over a file that is there"),
@@ -1996,7 +1983,7 @@ COMMANDS = {  # command -> its function, its options, an example
     "picture": (picture, "plot", "--plot figures/method.png"),
     "train": (
         train,
-        CELL + SAE + " source active encoder decoder sparsity metric steps force",
+        CELL + SAE + " source active encoder decoder metric steps force",
         "--model rwkv7 --layer 2 --head all",
     ),
     "pretrain": (pretrain, COMMON + " tokens out force", "--model mamba2 --out models"),

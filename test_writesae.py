@@ -973,15 +973,6 @@ def test_a_dense_encoder_on_outer_products_is_the_bilinear_one():
         assert_close(x, y)
 
 
-def test_rank_two_with_an_empty_second_pair_is_rank_one():
-    one, two = random_sae(0), random_sae(0, decoder="rank2")
-    for bank, other in ((one.atoms, two.atoms), (one.readers, two.readers)):
-        other.keys.zero_(), other.values.zero_()
-        other.keys[:, :1], other.values[:, :1] = bank.keys, bank.values
-    index, a = one.encode(random_writes(1))
-    assert_close(two.decode(index, a).matrix(), one.decode(index, a).matrix())
-
-
 def test_cosines_of_tiny_and_of_large_writes():
     for size in (1e-12, 1e-6, 1e9):
         X = write_of(size * torch.ones(1, 4), torch.ones(1, 4))
@@ -1007,7 +998,7 @@ def test_what_stands_in_for_a_write_is_the_same_matrix_everywhere(decoder):
     index, a, A = cell.sae.dominant(p.write())
     at = dict(index=index, a=a)
     assert torch.equal(writesae.atoms_at(cell, at).matrix(), A.matrix())
-    assert A.keys.shape[1] == (2 if decoder == "rank2" else 1)
+    assert A.keys.shape[1] == 1
     other = writesae.controls(cell, p, ("x", cell.sae), dict(index_x=index, a_x=a))["random"]
     assert other.keys.shape == A.keys.shape
 
@@ -1022,13 +1013,10 @@ def test_tied_coefficient_is_the_least_squares_one(seed):
     assert_close(inner(left, left), inner(whole, whole) - a**2, atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("sparsity", ["topk", "batchtopk", "jumprelu"])
 @pytest.mark.parametrize("decoder", writesae.DECODERS)
 @pytest.mark.parametrize("encoder", writesae.ENCODERS)
-def test_every_setting_trains_travels_and_codes_one_as_many(
-    tmp_path, encoder, decoder, sparsity
-):
-    sae = WriteSAE(24, 6, 4, 3, encoder, decoder, sparsity, centred=encoder == "dense")
+def test_every_setting_trains_travels_and_codes_one_as_many(tmp_path, encoder, decoder):
+    sae = WriteSAE(24, 6, 4, 3, encoder, decoder, centred=encoder == "dense")
     random_metric(sae, 0)
     X = random_writes(0, n=600)
     before = {name: p.clone() for name, p in sae.named_parameters() if p.requires_grad}
@@ -1041,9 +1029,7 @@ def test_every_setting_trains_travels_and_codes_one_as_many(
     index, a = sae.encode(X)
     _, alone = sae.encode(X.rows(slice(7, 8)))
     assert_close(alone, a[7:8], atol=1e-5, rtol=1e-4)
-    assert (
-        (a >= 0).all() and (a[:, :-1] >= a[:, 1:]).all() and (a > 0).sum(1).max() <= sae.most
-    )
+    assert (a >= 0).all() and (a[:, :-1] >= a[:, 1:]).all() and a.shape == (600, 3)
     sae.save(str(tmp_path / "a.safetensors"))
     again = WriteSAE.load(str(tmp_path / "a.safetensors"))
     assert again.cfg == sae.cfg
@@ -1051,7 +1037,7 @@ def test_every_setting_trains_travels_and_codes_one_as_many(
     assert_close(ours, theirs, atol=2e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("how", ["alternating", *writesae.DECODERS, "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("how", ["alternating", *writesae.DECODERS])
 @pytest.mark.parametrize("what", ["constant", "zero", "heads of size 1", "three"])
 def test_writes_with_nothing_to_learn_from_leave_no_nan(how, what):
     X = dict(
@@ -1064,8 +1050,7 @@ def test_writes_with_nothing_to_learn_from_leave_no_nan(how, what):
         sae = WriteSAE(20, K, V)
         fit_alternating(sae, X.keys[:, 0], X.values[:, 0], rng(0), steps=3, sample=100)
     else:
-        kind = dict(decoder=how) if how in writesae.DECODERS else dict(sparsity=how)
-        sae = WriteSAE(20, K, V, active=2, **kind)
+        sae = WriteSAE(20, K, V, active=2, decoder=how)
         fit_gradient(sae, X, rng(0), steps=5, batch=32, dead_after=50, resample_every=2)
     null = writesae.untrained(sae, X.keys[:, 0], X.values[:, 0], rng(0))
     for codes in (sae, null):
@@ -1081,26 +1066,6 @@ def test_a_centred_sae_codes_what_differs_from_the_mean_of_its_inputs():
     assert (
         sae.mean.abs().max() > 1 and seen.mean(0).abs().max() < 1e-3 * sae.mean.abs().max()
     )
-
-
-def test_batchtopk_keeps_n_times_active_and_jumprelu_what_passes_its_threshold():
-    scores, none = torch.tensor([[5.0, 4, 3], [2, 1, -1]]), [0, 0, 0]
-    sae = WriteSAE(3, 4, 4, 1, sparsity="batchtopk")
-    sae.most = 3
-    _, a = sae.select(scores, training=True)
-    assert a.tolist() == [
-        [5, 4, 0],
-        none,
-    ], "two inputs, one active each: the two largest of six"
-    assert sae.threshold[0].item() == pytest.approx(
-        0.04
-    ), "it moves 1 % of the way to the cut"
-    sae = WriteSAE(3, 4, 4, 1, sparsity="jumprelu")
-    sae.most, sae.threshold.data[:] = 3, torch.tensor([4.99, 4.5, 2.0])
-    _, a = sae.select(scores)
-    assert a.tolist() == [[5, 3, 0], none]
-    a[0, 0].backward()  # |5 − 4.99| < 0.025: −a / width, and no other learns
-    assert sae.threshold.grad.tolist() == [pytest.approx(-5 / 0.05), 0, 0]
 
 
 def test_pursuit_takes_what_is_left_and_one_step_of_it_is_the_dominant_atom():

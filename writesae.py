@@ -113,18 +113,18 @@ def leading_pair(X: Factored) -> Factored:
 
 # ---- 2. The sparse autoencoder -------------------------------------------------------------------
 class Bank(nn.Module):
-    """n matrices, each Σ_r key_r value_rᵀ. Rank "any": the keys are the K unit vectors, and stay
-    so; the values are then the matrix's rows."""
+    """n matrices of rank 1, key_i value_iᵀ; or `full`, any n matrices: the values are then their
+    rows, and the keys the K unit vectors, which stay so."""
 
-    def __init__(self, n: int, rank: int | str, K: int, V: int):
+    def __init__(self, n: int, full: bool, K: int, V: int):
         super().__init__()
-        self.fixed = rank == "any"
-        keys = torch.eye(K)[None] if self.fixed else torch.zeros(n, rank, K)
-        self.keys = nn.Parameter(keys, requires_grad=not self.fixed)  # [n, rank, K] or [1, K, K]
-        self.values = nn.Parameter(torch.zeros(n, keys.shape[1], V))  # [n, rank, V]
+        self.full = full
+        keys = torch.eye(K)[None] if full else torch.zeros(n, 1, K)
+        self.keys = nn.Parameter(keys, requires_grad=not full)  # [n, 1, K] or [1, K, K]
+        self.values = nn.Parameter(torch.zeros(n, keys.shape[1], V))  # [n, 1, V] or [n, K, V]
 
     def at(self, index: Tensor) -> Factored:
-        """The matrices at index [...]: keys [..., rank, K], values [..., rank, V]."""
+        """The matrices at index [...]: keys [..., r, K], values [..., r, V], r = 1 or K."""
         keys = self.keys.expand(len(self.values), -1, -1)
         return Factored(keys[index], self.values[index])
 
@@ -137,12 +137,12 @@ class Bank(nn.Module):
             of_keys = X.keys[:, 0] @ self.keys[:, 0].T
             of_values = X.values[:, 0] @ self.values[:, 0].T
             return of_keys * of_values
-        matrices = self.keys.mT @ self.values  # [n, K, V]
+        matrices = self.values if self.full else self.keys.mT @ self.values  # [n, K, V]
         return X.matrix().flatten(1) @ matrices.flatten(1).T
 
     def turned(self, to_k: Tensor, to_v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of to_kᵀ E to_v for every matrix E."""
-        if self.fixed:
+        if self.full:
             return self.keys, to_k.T @ self.values @ to_v
         return self.keys @ to_k, self.values @ to_v
 
@@ -154,41 +154,33 @@ class Bank(nn.Module):
 
     @torch.no_grad()
     def put(self, which: Tensor, X: Factored):
-        """Put the matrices X, one each, at the indices `which`: all of X where the rank allows it,
-        else its leading pair, with sides of equal length. A second pair starts as a tenth of its
-        neighbour's: at zero it would have no gradient."""
-        if self.fixed:
+        """Put the matrices X, one each, at the indices `which`: all of X, or where atoms are of rank 1
+        its leading pair, with sides of equal length."""
+        if self.full:
             self.values[which] = X.matrix()
             return
         first = leading_pair(X)
         length = first.values.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         ratio = first.keys.norm(dim=-1, keepdim=True) / length
         ratio = ratio.clamp_min(1e-30).sqrt()
-        rank = self.keys.shape[1]
-        self.keys[which] = (first.keys / ratio).expand(-1, rank, -1)
-        self.values[which] = (first.values * ratio).expand(-1, rank, -1)
-        if rank == 2:
-            self.keys[which, 1] = self.keys[which, 0].roll(1, 0)
-            self.values[which, 1] = 0.1 * self.values[which, 0].roll(1, 0)
+        self.keys[which] = first.keys / ratio
+        self.values[which] = first.values * ratio
 
 
-ENCODERS = {"tied": None, "bilinear": 1, "dense": "any"}  # rank of the encoder's matrices
-DECODERS = {"rank1": 1, "rank2": 2, "flat": "any"}  # rank of the atoms
-SPARSITIES = ("topk", "batchtopk", "jumprelu", "pursuit")
+ENCODERS = {"tied": None, "bilinear": False, "dense": True}  # whether its matrices are `full`
+DECODERS = {"rank1": False, "flat": True}
+SPARSITIES = ("topk", "pursuit")
 
 
 class WriteSAE(nn.Module):
-    """A sparse autoencoder over K x V matrices X, each coded at unit norm (the paper's §3):
+    """A sparse autoencoder over K x V matrices X (the paper's §3):
 
-        a_i = sparse(relu ⟨E_i, X⟩)        X̂ = Σ_i a_i A_i        ‖A_i‖ = 1
+        a_i = topk(relu ⟨E_i, X⟩)        X̂ = Σ_i a_i A_i        ‖A_i‖ = 1
 
         encoder    E_i    tied: A_i itself, so that a_i is the atom's least-squares coefficient
                           bilinear: e_i f_iᵀ, so a_i = e_iᵀ X f_i        dense: any matrix
-        decoder    A_i    rank1: key_i value_iᵀ    rank2: a sum of two such    flat: any matrix
+        decoder    A_i    rank1: key_i value_iᵀ    flat: any matrix
         sparsity          topk: the `active` largest of each input
-                          batchtopk: the N·active largest of N inputs; in use, all above a threshold
-                          that is kept from training, so that no input depends on its neighbours
-                          jumprelu: all above a threshold of the atom's own, which is learned
                           pursuit: `active` atoms one after the other, each the largest of what the
                           ones before left (matching pursuit; tied, to code with, not to train)
 
@@ -231,8 +223,6 @@ class WriteSAE(nn.Module):
         self.cfg = dict(n_atoms=n_atoms, K=K, V=V, active=active) | kinds
         self.cfg |= dict(centred=centred, source=source, cosine_min=cosine_min) | cfg
         self.n_atoms, self.active, self.sparsity = n_atoms, active, sparsity
-        # simplification: batchtopk and jumprelu give an input at most four times `active` atoms
-        self.most = active if sparsity in ("topk", "pursuit") else min(n_atoms, 4 * active)
         self.atoms = Bank(n_atoms, DECODERS[decoder], K, V)
         self.readers = self.atoms
         if encoder != "tied":
@@ -240,10 +230,6 @@ class WriteSAE(nn.Module):
         self.register_buffer("to_k", torch.eye(K))
         self.register_buffer("to_v", torch.eye(V))
         self.register_buffer("mean", torch.zeros(K, V) if centred else None)
-        self.threshold = None
-        if sparsity in ("batchtopk", "jumprelu"):
-            learned = sparsity == "jumprelu"
-            self.threshold = nn.Parameter(torch.zeros(n_atoms), requires_grad=learned)
 
     def see(self, X: Factored) -> Factored:
         """From the model's coordinates into the SAE's (and centred, if it is so set)."""
@@ -256,45 +242,31 @@ class WriteSAE(nn.Module):
         """And back (the mean is not added: atoms are differences)."""
         return Factored(X.keys @ self.to_k.inverse(), X.values @ self.to_v.inverse())
 
-    def select(self, scores: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
-        """The sparsity rule: scores ⟨E_i, X⟩ of unit inputs [N, n_atoms] -> index and a, [N, most],
-        largest first; a is 0 where an atom is not active."""
-        a, index = scores.relu().topk(self.most)
-        if self.sparsity == "batchtopk":
-            cut = self.threshold[index]
-            if training:
-                passing = a.detach().flatten().topk(self.active * len(a)).values
-                cut = passing[-1]  # the (N · active)-th largest of the batch; its running mean:
-                self.threshold.data.lerp_(cut.expand(self.n_atoms), 0.01)
-            a = a * (a >= cut)
-        elif self.sparsity == "jumprelu":
-            a = a * Step.apply(a, self.threshold[index])
-            a, order = a.sort(descending=True)  # thresholds differ: the largest may fail
-            index = index.gather(1, order)
-        return index, a
-
     def assemble(self, index: Tensor, a: Tensor) -> Factored:
-        """Σ a_i A_i in the SAE's coordinates: index, a [N, m] -> N matrices as factors of rank
-        m · rank; of flat atoms whole, rank K."""
-        if self.atoms.fixed:
+        """Σ a_i A_i in the SAE's coordinates: index, a [N, m] -> N matrices as factors of rank m; of
+        flat atoms whole, rank K."""
+        if self.atoms.full:
             A = self.atoms.values  # [n_atoms, K, V]
             every = a.new_zeros(len(a), self.n_atoms).scatter(1, index, a)
             return matrix_of((every @ A.flatten(1)).unflatten(1, A.shape[1:]))
-        A = self.atoms.at(index).times(a)  # [N, m, rank, ·]
+        A = self.atoms.at(index).times(a)  # [N, m, 1, ·]
         return Factored(A.keys.flatten(1, 2), A.values.flatten(1, 2))
 
     def encode(self, X: Factored) -> tuple[Tensor, Tensor]:
-        """The active atoms of each X [N, r, ·], largest coefficient first: index, a [N, most].
+        """The active atoms of each X [N, r, ·], largest coefficient first: index, a [N, active].
 
-        a ≥ 0, in X's units; 0 where an atom is not active. The first is the *dominant* atom.
+        a ≥ 0; 0 where an atom is not active. The first is the *dominant* atom.
         """
         X = self.see(X)
-        if self.sparsity == "pursuit":
-            return self.pursue(X)
-        norm = inner(X, X).sqrt()
-        unit = X.times(1 / norm.clamp_min(1e-30))
-        index, a = self.select(self.readers.products(unit))
-        return index, a * norm[:, None]
+        return self.pursue(X) if self.sparsity == "pursuit" else self.code(X)
+
+    def code(self, X: Factored) -> tuple[Tensor, Tensor]:
+        """topk of relu ⟨E_i, X⟩ in the SAE's coordinates: index, a [N, active]. A block of inputs at
+        a time stays in the processor's cache."""
+        blocks = [X.rows(rows) for rows in torch.arange(len(X.keys)).split(128)]
+        best = [self.readers.products(block).relu().topk(self.active) for block in blocks]
+        a, index = (torch.cat(parts) for parts in zip(*best))
+        return index, a
 
     def pursue(self, X: Factored) -> tuple[Tensor, Tensor]:
         """Matching pursuit in the SAE's coordinates: index, a [N, active], a falling."""
@@ -312,9 +284,9 @@ class WriteSAE(nn.Module):
 
     def atom(self, index: Tensor, a: Tensor) -> Factored:
         """a A_i of index, a [N]. Of a flat atom only the leading singular pair can be written by a
-        head, and stands in for it, as in the paper's Table 6; of rank 2 both pairs do."""
+        head, and stands in for it, as in the paper's Table 6."""
         A = self.decode(index[:, None], a[:, None])
-        return leading_pair(A) if self.atoms.fixed else A
+        return leading_pair(A)
 
     def dominant(self, X: Factored) -> tuple[Tensor, Tensor, Factored]:
         """Each X's dominant atom, its coefficient, and a A: [N], [N], N matrices."""
@@ -386,8 +358,7 @@ def untrained(
     Same size and metric as sae; tied, rank 1, the same number active; it codes writes. k [N, K],
     v [N, V]: writes of the training text. What sae does better than this one, learning added.
     """
-    settings = dict(encoder="tied", decoder="rank1", sparsity="topk", centred=False)
-    settings["source"] = "write"
+    settings = dict(encoder="tied", decoder="rank1", sparsity="topk", centred=False, source="write")
     null = WriteSAE(**sae.cfg | settings).to(k.device)
     null.to_k.copy_(sae.to_k)
     null.to_v.copy_(sae.to_v)
@@ -958,23 +929,23 @@ def fit_gradient(
     The error comes from products of factors, no K x V matrix is formed. An atom is dead once
     `dead_after` samples passed without it. The k_aux best of the dead explain what is left, as in
     arXiv 2406.04093 (residual detached, weight 1/32), and every `resample_every` steps but the last
-    the dead restart at the inputs coded worst, with Adam's memory of them cleared. JumpReLU adds
-    (L0/active − 1)²/10 to hold the number of active atoms.
+    the dead restart at the inputs coded worst, with Adam's memory of them cleared. No gradient goes
+    through the choice of atoms: all scores are computed without, those of the chosen once more.
 
     X: N matrices in the model's coordinates. Trains sae in place; returns the unexplained share of
     energy of every step.
     """
     X = unit_inputs(sae, X)
     sae.start(torch.arange(sae.n_atoms), draw(X, sae.n_atoms, generator))
-    if sae.threshold is not None:
-        set_threshold(sae, draw(X, batch, generator))
     optimiser = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr)
     silent = torch.zeros(sae.n_atoms, device=X.keys.device)  # samples since an atom was active
     history = []
     for step in progress(range(steps)):
         optimiser.param_groups[0]["lr"] = lr * schedule(step, steps)
         x = draw(X, batch, generator)
-        index, a = sae.select(sae.readers.products(x), training=True)
+        with torch.no_grad():
+            index, _ = sae.code(x)
+        a = chosen_scores(sae, index, x)
         R = x.minus(sae.assemble(index, a))
         error = inner(R, R)  # [batch]
         silent += batch
@@ -983,8 +954,6 @@ def fit_gradient(
         loss = error.mean()
         if len(dead):
             loss = loss + auxiliary_loss(sae, R, dead, k_aux) / 32
-        if sae.sparsity == "jumprelu":
-            loss = loss + sparsity_loss(sae, index, a) / 10
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -1007,23 +976,21 @@ def unit_inputs(sae: WriteSAE, X: Factored) -> Factored:
     return X.times(1 / inner(X, X).sqrt().clamp_min(1e-30))
 
 
-def set_threshold(sae: WriteSAE, X: Factored):
-    """The threshold that `active` atoms pass on the average over the unit inputs X."""
-    scores = sae.readers.products(X).relu().flatten()
-    passing = scores.topk(sae.active * len(X.keys)).values
-    sae.threshold.data.fill_(passing[-1].item())
+def chosen_scores(sae: WriteSAE, index: Tensor, X: Factored) -> Tensor:
+    """relu ⟨E_i, X⟩ of chosen atoms: index [N, m], X [N, r, ·] -> [N, m]. Of writes with rank 1 no
+    others are computed, whose gradients would be zeros in as many numbers as there are scores."""
+    if X.keys.shape[1] > 1 or sae.readers.full:
+        return sae.readers.products(X).gather(1, index).relu()
+    E = sae.readers.at(index)  # [N, m, 1, ·]
+    of_keys = (E.keys[:, :, 0] * X.keys).sum(-1)
+    of_values = (E.values[:, :, 0] * X.values).sum(-1)
+    return (of_keys * of_values).relu()
 
 
 def schedule(step: int, steps: int) -> float:
     """The learning rate's share of its peak: up over 50 steps, along a cosine down to a tenth."""
     cosine_to_a_tenth = 0.55 + 0.45 * math.cos(math.pi * step / steps)
     return min(1, (step + 1) / 50) * cosine_to_a_tenth
-
-
-def sparsity_loss(sae: WriteSAE, index: Tensor, a: Tensor) -> Tensor:
-    """JumpReLU's (L0/active − 1)², through which the thresholds learn."""
-    number = Step.apply(a.detach(), sae.threshold[index]).sum(-1).mean()
-    return (number / sae.active - 1).square()
 
 
 def auxiliary_loss(
@@ -1057,26 +1024,6 @@ def restart(
             memory["exp_avg"][restarted] = 0
             memory["exp_avg_sq"][restarted] = 0
     return restarted
-
-
-class Step(torch.autograd.Function):
-    """1 where a > threshold, else 0; the threshold learns from inputs within width/2 of it: the
-    straight-through estimator of JumpReLU SAEs (arXiv 2407.14435), whose a · Step has both
-    gradients that it needs."""
-
-    @staticmethod
-    def forward(ctx, a: Tensor, threshold: Tensor, width: float = 0.05):
-        """a, threshold [...] -> [...]"""
-        ctx.save_for_backward(a, threshold)
-        ctx.width = width
-        return (a > threshold).to(a.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        """To the threshold −1/width where |a − threshold| < width/2; to a nothing."""
-        a, threshold = ctx.saved_tensors
-        near = ((a - threshold).abs() < ctx.width / 2).to(a.dtype)
-        return None, -grad * near / ctx.width, None
 
 
 # ---- 7. Firings of a cell's SAE, and what is lost without them -----------------------------------
