@@ -300,7 +300,7 @@ def train_saes(cell: Cell, corpus: Corpus, heads: list[int], args) -> list[Write
         if settings["metric"] == "read":
             writesae.set_metric(sae, *cell_metric(cell, corpus, args.quick))
         fit(sae, X, cell.rng, args.quick, args.steps)
-        sample = X.rows(torch.randint(len(X.keys), (2000,), generator=cell.rng).to(X.keys.device))
+        sample = writesae.draw(X, 2000, cell.rng)
         match = writesae.cosine(sae.dominant(sample)[2], sample).median().item()
         sae.cfg |= dict(n_train=len(X.keys), seconds=round(time.time() - began, 1))
         sae.cfg["median_cosine"] = round(match, 4)
@@ -1005,7 +1005,7 @@ def atoms(cell: Cell, corpus: Corpus, args):
     samples = [some_rows(part, spread(len(part["index"]), 40)) for part in parts]
     some = writesae.stack(samples)  # one pass over the text for all atoms
     A, sizes = writesae.atoms_at(cell, some), [len(sample["index"]) for sample in samples]
-    R = writesae.random_direction(writesae.leading_pair(A), cell.rng)
+    R = writesae.random_direction(A, cell.rng)
     lost, control = (
         writesae.taken_out(cell, some, X).split(sizes) for X in (A, writesae.as_large_as(A, R))
     )

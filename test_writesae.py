@@ -2064,7 +2064,7 @@ WRONG = {  # a command line (GDN: --model gdn) -> what its one line of error say
     "replace GDN --text SHORT": "passages of 128 tokens",
     "replace GDN --text BYTES": "not UTF-8",
     "replace GDN --text FOLDER": "holds no UTF-8 text file",
-    "replace GDN --sae SHORT": "holds no WriteSAE",
+    "replace GDN --sae SHORT": "is it a WriteSAE.s file",
     "replace GDN --sae HERE/rwkv7/sae-L1H0.safetensors": "architecture rwkv7",
     "replace GDN --head 1 --sae HERE/gdn/sae-L1H0.safetensors": "head 0, here it is 1",
     "erase GDN --sae HERE/gdn/sae-state-L1H0.safetensors": "source state, here it is write",

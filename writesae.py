@@ -38,22 +38,21 @@ import json
 import math
 from typing import Callable, NamedTuple, Sequence
 
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import Cache, Edit, InputError, LanguageModel, StepInputs, Stream, at_least_fp32
-from models import propagate, require, save_then_rename, states
+from models import Cache, Edit, LanguageModel, StepInputs, Stream, at_least_fp32, propagate
+from models import reading, require, save_then_rename, states
 
 
 # ---- 1. Matrices as factors ----------------------------------------------------------------------
 class Factored(NamedTuple):
     """A matrix X = Σ_r keys_r values_rᵀ, kept as its factors: r = 1 for a write, K for a state.
-
-    Norms and products of writes never form K x V numbers: they come from products of the factors.
-    """
+    Norms and products come from products of the factors: no K x V numbers for a write."""
 
     keys: Tensor  # [..., r, K]
     values: Tensor  # [..., r, V]
@@ -83,9 +82,8 @@ def write_of(k: Tensor, v: Tensor) -> Factored:
 
 def matrix_of(X: Tensor) -> Factored:
     """Any matrix X [..., K, V] = Σ_c unit_c X_cᵀ, with its own rows as values -> r = K."""
-    *many, K, _ = X.shape
-    unit = torch.eye(K).to(X)
-    return Factored(unit.expand(*many, K, K), X)
+    unit = torch.eye(X.shape[-2]).to(X)
+    return Factored(unit.expand(*X.shape[:-2], -1, -1), X)
 
 
 def inner(X: Factored, Y: Factored) -> Tensor:
@@ -113,8 +111,8 @@ def leading_pair(X: Factored) -> Factored:
 
 # ---- 2. The sparse autoencoder -------------------------------------------------------------------
 class Bank(nn.Module):
-    """n matrices of rank 1, key_i value_iᵀ; or `full`, any n matrices: the values are then their
-    rows, and the keys the K unit vectors, which stay so."""
+    """n matrices of rank 1, key_i value_iᵀ; or `full`, any n matrices: the values are their rows,
+    and the keys stay the K unit vectors."""
 
     def __init__(self, n: int, full: bool, K: int, V: int):
         super().__init__()
@@ -124,7 +122,7 @@ class Bank(nn.Module):
         self.values = nn.Parameter(torch.zeros(n, keys.shape[1], V))  # [n, 1, V] or [n, K, V]
 
     def at(self, index: Tensor) -> Factored:
-        """The matrices at index [...]: keys [..., r, K], values [..., r, V], r = 1 or K."""
+        """The matrices at index [...], r = 1 or K."""
         keys = self.keys.expand(len(self.values), -1, -1)
         return Factored(keys[index], self.values[index])
 
@@ -140,6 +138,11 @@ class Bank(nn.Module):
         matrices = self.values if self.full else self.keys.mT @ self.values  # [n, K, V]
         return X.matrix().flatten(1) @ matrices.flatten(1).T
 
+    def products_by_block(self, X: Factored):
+        """Yield `products` of 128 inputs after the other: they stay in the processor's cache."""
+        for rows in torch.arange(len(X.keys)).split(128):
+            yield self.products(X.rows(rows))
+
     def turned(self, to_k: Tensor, to_v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of to_kᵀ E to_v for every matrix E."""
         if self.full:
@@ -154,8 +157,8 @@ class Bank(nn.Module):
 
     @torch.no_grad()
     def put(self, which: Tensor, X: Factored):
-        """Put the matrices X, one each, at the indices `which`: all of X, or where atoms are of rank 1
-        its leading pair, with sides of equal length."""
+        """Put matrices X at the indices `which`; in a bank of rank 1 their leading pairs, sides
+        equally long."""
         if self.full:
             self.values[which] = X.matrix()
             return
@@ -189,14 +192,12 @@ class WriteSAE(nn.Module):
     But `centred`: the training inputs' mean is taken off before coding, and `decode` does not add
     it back. `scale="least-squares"` in cfg: see `Point.stand_in`.
 
-    Coordinates. An SAE may measure distance otherwise than by the Frobenius norm, stretched along
-    what later predictions heed (`read_metric`): `see` turns keys by to_k and values by to_v, and
-    all coding and training happens there. (A firing's cosine is measured in the model's own.)
-    `encode` takes and `decode` gives matrices in the model's own coordinates.
+    Coordinates. Distances may be stretched along what later predictions heed (`read_metric`): `see`
+    turns keys by to_k and values by to_v, and all coding and training happens there. `encode` takes
+    and `decode` gives matrices in the model's own coordinates; a firing's cosine is measured there.
 
     cfg travels with the weights: the settings, source (what is coded: "write" or "state"), the
-    least cosine of a firing, and what the caller adds (model, cell). Raises InputError for an
-    unknown setting or an impossible number of active atoms.
+    least cosine of a firing, what the caller adds. Raises InputError for settings that cannot be.
     """
 
     def __init__(
@@ -238,13 +239,9 @@ class WriteSAE(nn.Module):
             return X
         return X.minus(matrix_of(self.mean.expand(len(X.keys), -1, -1)))
 
-    def unsee(self, X: Factored) -> Factored:
-        """And back (the mean is not added: atoms are differences)."""
-        return Factored(X.keys @ self.to_k.inverse(), X.values @ self.to_v.inverse())
-
     def assemble(self, index: Tensor, a: Tensor) -> Factored:
-        """Σ a_i A_i in the SAE's coordinates: index, a [N, m] -> N matrices as factors of rank m; of
-        flat atoms whole, rank K."""
+        """Σ a_i A_i in the SAE's coordinates: index, a [N, m] -> N matrices, of m factors each; of
+        flat atoms K."""
         if self.atoms.full:
             A = self.atoms.values  # [n_atoms, K, V]
             every = a.new_zeros(len(a), self.n_atoms).scatter(1, index, a)
@@ -258,35 +255,32 @@ class WriteSAE(nn.Module):
         a ≥ 0; 0 where an atom is not active. The first is the *dominant* atom.
         """
         X = self.see(X)
-        return self.pursue(X) if self.sparsity == "pursuit" else self.code(X)
-
-    def code(self, X: Factored) -> tuple[Tensor, Tensor]:
-        """topk of relu ⟨E_i, X⟩ in the SAE's coordinates: index, a [N, active]. A block of inputs at
-        a time stays in the processor's cache."""
-        blocks = [X.rows(rows) for rows in torch.arange(len(X.keys)).split(128)]
-        best = [self.readers.products(block).relu().topk(self.active) for block in blocks]
-        a, index = (torch.cat(parts) for parts in zip(*best))
-        return index, a
-
-    def pursue(self, X: Factored) -> tuple[Tensor, Tensor]:
-        """Matching pursuit in the SAE's coordinates: index, a [N, active], a falling."""
+        if self.sparsity == "topk":
+            return self.code(X, self.active)
         chosen = []
         for _ in range(self.active):
-            a, index = self.readers.products(X).relu().topk(1)
+            index, a = self.code(X, 1)
             chosen.append((index, a))
             X = matrix_of(X.minus(self.assemble(index, a)).matrix())
         index, a = zip(*chosen)
         return torch.cat(index, 1), torch.cat(a, 1)
 
+    def code(self, X: Factored, n: int) -> tuple[Tensor, Tensor]:
+        """The n largest relu ⟨E_i, X⟩ in the SAE's coordinates: index, a [N, n]."""
+        best = [scores.relu().topk(n) for scores in self.readers.products_by_block(X)]
+        a, index = (torch.cat(parts) for parts in zip(*best))
+        return index, a
+
     def decode(self, index: Tensor, a: Tensor) -> Factored:
-        """X̂ = Σ a_i A_i: index, a [N, m] -> N matrices as factors."""
-        return self.unsee(self.assemble(index, a))
+        """X̂ = Σ a_i A_i: index, a [N, m] -> N matrices as factors. (A centred SAE's mean is not
+        added: atoms are differences.)"""
+        X = self.assemble(index, a)
+        return Factored(X.keys @ self.to_k.inverse(), X.values @ self.to_v.inverse())
 
     def atom(self, index: Tensor, a: Tensor) -> Factored:
-        """a A_i of index, a [N]. Of a flat atom only the leading singular pair can be written by a
-        head, and stands in for it, as in the paper's Table 6."""
-        A = self.decode(index[:, None], a[:, None])
-        return leading_pair(A)
+        """a A_i of index, a [N]. Of a flat atom the leading singular pair, which is all that a head
+        can write of it (the paper's Table 6)."""
+        return leading_pair(self.decode(index[:, None], a[:, None]))
 
     def dominant(self, X: Factored) -> tuple[Tensor, Tensor, Factored]:
         """Each X's dominant atom, its coefficient, and a A: [N], [N], N matrices."""
@@ -296,75 +290,68 @@ class WriteSAE(nn.Module):
 
     @torch.no_grad()
     def start(self, which: Tensor, X: Factored):
-        """Put the atoms `which` at the matrices X (in the SAE's coordinates), unit norm, their
-        readers with them."""
+        """Put the atoms `which`, and their readers, at matrices X (in the SAE's coordinates)."""
         self.atoms.put(which, X)
         self.atoms.normalise()
         if self.readers is not self.atoms:
             # active atoms that overlap would sum up to too much: each reader starts with its share
             A = self.atoms.at(which)
-            share = torch.full_like(A.values[:, 0, 0], 1 / self.active)
-            self.readers.put(which, A.times(share))
+            self.readers.put(which, Factored(A.keys, A.values / self.active))
 
     def save(self, path: str):
-        """Atoms and readers, turned back (fp16: three digits; `load` turns them again), and cfg, in
-        one file."""
-        from safetensors.torch import save_file
-
-        tensors = {name: x for name, x in self.state_dict().items() if "." not in name}
-        back = self.to_k.inverse(), self.to_v.inverse()
-        for name in ("atoms",) if self.readers is self.atoms else ("atoms", "readers"):
-            keys, values = getattr(self, name).turned(*back)
+        """Write atoms and readers in the model's coordinates (fp16: three digits), and cfg."""
+        tensors = dict(self.named_buffers())
+        for name, bank in self.named_children():  # atoms; and readers, where they are others
+            keys, values = bank.turned(self.to_k.inverse(), self.to_v.inverse())
             tensors |= {f"{name}.keys": keys.half(), f"{name}.values": values.half()}
         tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        write = functools.partial(save_file, tensors, metadata={"cfg": json.dumps(self.cfg)})
+        cfg = {"cfg": json.dumps(self.cfg)}
+        write = functools.partial(safetensors.torch.save_file, tensors, metadata=cfg)
         save_then_rename(write, path)
 
     @classmethod
     def load(cls, path: str) -> WriteSAE:
         """The SAE that `save` wrote. Raises InputError for a file that holds none."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as f:
-                tensors = {name: f.get_tensor(name).float() for name in f.keys()}
-                with torch.device("meta"):  # no memory before the shapes are known to fit
-                    sae = cls(**json.loads(f.metadata()["cfg"]))
+        advice = "is it a WriteSAE's file? Train one: python run.py train --help"
+        with reading(path, advice), safetensors.safe_open(path, "pt") as f:
+            tensors = {name: f.get_tensor(name).float() for name in f.keys()}
+            with torch.device("meta"):  # no memory before the shapes are known to fit
+                sae = cls(**json.loads(f.metadata()["cfg"]))
             if sae.readers is sae.atoms:
                 sides = ("keys", "values")
                 tensors |= {"readers." + side: tensors["atoms." + side] for side in sides}
             sae.load_state_dict(tensors, assign=True)
-            if not all(x.isfinite().all() for x in tensors.values()):
-                raise ValueError("NaN or Inf in it")
-            for bank in {sae.atoms, sae.readers}:
+            require(all(x.isfinite().all() for x in tensors.values()), f"{path}: holds NaN or Inf")
+            for bank in sae.children():
                 bank.keys.data, bank.values.data = bank.turned(sae.to_k, sae.to_v)
             sae.atoms.normalise()
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            why = str(error).splitlines()[0][:120]
-            advice = "train one: python run.py train --help"
-            raise InputError(f"{path} holds no WriteSAE ({why}); {advice}") from None
         return sae.requires_grad_(False)
 
 
 # ---- 3. The null, and training: from tensors alone, no model needed ------------------------------
+def draw(X: Factored, n: int, generator: torch.Generator) -> Factored:
+    """n of N matrices, drawn with replacement."""
+    pick = torch.randint(len(X.keys), (n,), generator=generator)
+    return X.rows(pick.to(X.keys.device))
+
+
 def untrained(
     sae: WriteSAE,
     k: Tensor,
     v: Tensor,
     generator: torch.Generator,
 ) -> WriteSAE:
-    """The null of every dictionary: as many atoms, each a write drawn at random, no training.
+    """The null of every dictionary: as many atoms, each a write drawn at random, no training. What
+    sae does better, learning added.
 
-    Same size and metric as sae; tied, rank 1, the same number active; it codes writes. k [N, K],
-    v [N, V]: writes of the training text. What sae does better than this one, learning added.
+    Metric and number active are those of sae; tied, rank 1, it codes writes. k [N, K], v [N, V]:
+    writes of the training text.
     """
     settings = dict(encoder="tied", decoder="rank1", sparsity="topk", centred=False, source="write")
     null = WriteSAE(**sae.cfg | settings).to(k.device)
     null.to_k.copy_(sae.to_k)
     null.to_v.copy_(sae.to_v)
-    drawn = torch.randint(len(k), (sae.n_atoms,), generator=generator)
-    drawn = drawn.to(k.device)
-    X = null.see(write_of(k[drawn], v[drawn]))
+    X = null.see(draw(write_of(k, v), sae.n_atoms, generator))
     null.start(torch.arange(sae.n_atoms), X)
     return null.requires_grad_(False)
 
@@ -372,28 +359,10 @@ def untrained(
 @torch.no_grad()
 def set_metric(sae: WriteSAE, M_k: Tensor, M_v: Tensor):
     """From now on sae measures ⟨X, Y⟩ = tr(M_k X M_v Yᵀ); M_k [K, K], M_v [V, V] symmetric positive
-    definite. With M = L Lᵀ it is the Frobenius product of L_kᵀ X L_v and L_kᵀ Y L_v: turn keys by
-    L_k and values by L_v, and nothing else in coding or training knows of a metric."""
+    definite. With M = L Lᵀ that is the Frobenius product of L_kᵀ X L_v and L_kᵀ Y L_v: only `see`,
+    which turns keys by L_k and values by L_v, and `decode` know of a metric."""
     sae.to_k.copy_(torch.linalg.cholesky(M_k))
     sae.to_v.copy_(torch.linalg.cholesky(M_v))
-
-
-def draw(X: Factored, n: int, generator: torch.Generator) -> Factored:
-    """n of N matrices, drawn with replacement."""
-    pick = torch.randint(len(X.keys), (n,), generator=generator)
-    return X.rows(pick.to(X.keys.device))
-
-
-def best_atom(keys: Tensor, values: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """For writes x [N, K], y [N, V] the largest a = (key · x)(value · y) and its atom: [N], [N].
-    A block of rows at a time stays in the processor's cache."""
-    a, atom = [], []
-    for x_block, y_block in zip(x.split(128), y.split(128)):
-        scores = (x_block @ keys.T) * (y_block @ values.T)
-        best = scores.max(-1)
-        a.append(best.values)
-        atom.append(best.indices)
-    return torch.cat(a), torch.cat(atom)
 
 
 @torch.no_grad()
@@ -437,7 +406,8 @@ def fit_alternating(
     for _ in progress(range(steps)):
         drawn = draw(X, sample, generator)
         x, y = drawn.keys[:, 0], drawn.values[:, 0]  # [sample, K], [sample, V]
-        a, atom = best_atom(keys, values, x, y)  # 1.
+        best = [scores.max(-1) for scores in sae.atoms.products_by_block(drawn)]  # 1.
+        a, atom = (torch.cat(parts) for parts in zip(*best))
         for total in (key_sum, value_sum, count):
             total *= memory
         count.index_add_(0, atom, torch.ones_like(a))
@@ -479,8 +449,8 @@ class Cell(NamedTuple):
 
 
 def moved_reads(change: Factored, s: StepInputs) -> Tensor:
-    """How a change of a head's state moves its reads: δo_t = Σ_r (u_t · q_t) value_r with u_t = A_t
-    u_{t-1} from key_r on (models.propagate). change [N, r, ·], s [N, T, 1, ·] -> [N, T, V]"""
+    """How a change of a head's state moves its reads: δo_t = Σ_r (u_t · q_t) value_r, with u as in
+    models.propagate from key_r on. change [N, r, ·], s [N, T, 1, ·] -> [N, T, V]"""
     each = torch.zeros(change.keys.shape[1], dtype=torch.long, device=s.q.device)
     gain, _ = propagate(change.keys, s.heads(each))  # [N, T, r]: the head once for every factor
     return (gain.unsqueeze(-1) * change.values.unsqueeze(1)).sum(2)
@@ -501,14 +471,19 @@ class Point(NamedTuple):
 
     def rows(self, index: Tensor) -> Point:
         """Some of the P passages."""
-        chosen = dict(rest=tuple(x[index] for x in self.rest))
-        chosen |= {name: getattr(self, name)[index] for name in ("passage", "o", "logp")}
-        chosen |= {name: getattr(self, name).rows(index) for name in ("stream", "s", "cache")}
-        return self._replace(**chosen)
+        return self._replace(
+            passage=self.passage[index],
+            stream=self.stream.rows(index),
+            o=self.o[index],
+            rest=tuple(x[index] for x in self.rest),
+            s=self.s.rows(index),
+            cache=self.cache.rows(index),
+            logp=self.logp[index],
+        )
 
     def write(self) -> Factored:
         """What the head writes at t: k vᵀ of every passage."""
-        return write_of(self.s.k[:, 0, 0], self.s.v[:, 0, 0])
+        return Factored(self.s.k[:, 0], self.s.v[:, 0])
 
     def state(self) -> Factored:
         """The head's state after t, of every passage."""
@@ -521,8 +496,8 @@ class Point(NamedTuple):
 
     def stand_in(self, sae: WriteSAE) -> tuple[Tensor, Tensor, Factored, Tensor]:
         """For every passage's write: the dominant atom [P], its coefficient a, a A, and the cosine
-        of a A and the write. (A state's coefficient is a state's size. With scale "least-squares"
-        in the SAE's cfg the atom takes the size that fits the write.)"""
+        of a A and the write. (A state's coefficient is a state's size; with scale "least-squares"
+        in the SAE's cfg a A takes the size that fits the write.)"""
         X = self.write()
         index, a, A = sae.dominant(self.coded(sae))
         if sae.cfg.get("scale") == "least-squares":
@@ -530,8 +505,8 @@ class Point(NamedTuple):
         return index, a, A, cosine(A, X)
 
     def moved(self, change: Factored) -> Tensor:
-        """How all heads' reads move, [P, 11, H, V], if change_i is added to the head's state after
-        t in passage i: change [P, r, ·]. (Only this head's do.)"""
+        """How all heads' reads move (only this head's do), [P, 11, H, V], if change [P, r, ·] is
+        added to the head's state after t."""
         head, H = self.cell.head, self.o.shape[2]
         delta_o = moved_reads(change, self.s)
         return F.pad(delta_o[:, :, None], (0, 0, head, H - head - 1))
@@ -544,8 +519,8 @@ class Point(NamedTuple):
         return at_least_fp32(model.unembed(after))
 
     def logits(self, change: Factored) -> Tensor:
-        """Logits at t..t+10 after this change, [P, 11, vocab]. Nothing before t runs again, and
-        nothing below the reads of the edited layer: a change of the state moves them alone."""
+        """Logits at t..t+10 after this change, [P, 11, vocab]. Nothing runs again before t or below
+        the edited layer's reads."""
         block = self.cell.model.layers[self.cell.layer]
         o = self.o + self.moved(change)
         return self.onward(block.write_out(self.stream, o, self.rest))
@@ -584,9 +559,17 @@ def points(cell: Cell, branches: int = 1):
         _, cache = model.run(below.times(done, t), cache, first=layer)  # extended to t
         done, end = t, t + HORIZONS
         logp = at_least_fp32(model.unembed(last.times(t, end))).log_softmax(-1)
-        now = dict(stream=below.times(t, end), o=o[:, t:end], s=s.times(t, end), cache=cache)
-        now["rest"] = tuple(x[:, t:end] for x in rest)
-        yield Point(cell=cell, t=t, passage=passage, logp=logp, **now)
+        yield Point(
+            cell,
+            t,
+            passage,
+            stream=below.times(t, end),
+            o=o[:, t:end],
+            rest=tuple(x[:, t:end] for x in rest),
+            s=s.times(t, end),
+            cache=cache,
+            logp=logp,
+        )
 
 
 def stack(parts: list[Table]) -> Table:
@@ -595,7 +578,7 @@ def stack(parts: list[Table]) -> Table:
 
 
 def at_token(x: Tensor, token: Tensor) -> Tensor:
-    """Of numbers x [..., vocab] the token's [...], one for each place. -> [...]"""
+    """Of numbers x [..., vocab] those of a token [...] at each place. -> [...]"""
     return x.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
@@ -627,10 +610,10 @@ def collect(
     """What heads of one layer write over a text, to train on: one Factored of N matrices per head.
 
     tokens [n, T]; every write after the first `skip` tokens of each row, or with source "state"
-    every 16th state of all (neighbours are nearly the same). One pass up to the layer and no
-    further serves all heads; it keeps 4 (K + V) bytes per write, 4 K V per state.
+    every 16th state of all (neighbours are nearly the same). One pass up to the layer serves all
+    heads; it keeps 4 (K + V) bytes per write, 4 K V per state.
     """
-    keys, values = [], []  # per batch [B · T, H, r, ·]
+    parts = []
     for batch in progress(tokens.split(16)):
         stream, _ = model.run(model.embed(batch), last=layer)
         s = model.step_inputs(stream, layer).heads(heads)
@@ -638,12 +621,9 @@ def collect(
             X = write_of(s.k[:, skip:], s.v[:, skip:])
         else:
             X = matrix_of(states(s)[:, 15::16])
-        keys.append(X.keys.flatten(0, 1))
-        values.append(X.values.flatten(0, 1))
-    keys, values = torch.cat(keys), torch.cat(values)
-    # `clone`: training needs gradients, which tensors made in inference mode refuse
-    per_head = zip(keys.unbind(1), values.unbind(1))
-    return [Factored(k.clone(), v.clone()) for k, v in per_head]
+        parts.append((X.keys.flatten(0, 1), X.values.flatten(0, 1)))  # [B · T, H, r, ·]
+    keys, values = (torch.cat(sides) for sides in zip(*parts))
+    return [Factored(keys[:, i], values[:, i]) for i in range(len(heads))]
 
 
 def read_metric(cell: Cell, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -658,29 +638,26 @@ def read_metric(cell: Cell, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
     Kronecker product of its two sides, M_k ∝ E[G Gᵀ] and M_v ∝ E[Gᵀ G] (Shampoo's form), each
     scaled to mean eigenvalue 1 and mixed with `ridge` of the identity: what `set_metric` takes.
 
-    G comes from one backward pass: K edits at t with the unit keys and zero values, whose gradients
-    are the rows of G. Returns [K, K] and [V, V], symmetric positive definite.
+    One backward pass gives G: the gradient at a change δS = 0, as factors, whose values are its
+    rows. Returns [K, K] and [V, V], symmetric positive definite.
     """
     mixer, device = cell.model.layers[cell.layer].mixer, cell.tokens.device
     K, V = mixer.K, mixer.V
     M_k = torch.zeros(K, K, device=device)
     M_v = torch.zeros(V, V, device=device)
     for p in points(cell, branches=K):
-        P = len(p.passage)
-        rows = torch.zeros(P, K, V, device=device, requires_grad=True)
-        unit_keys = torch.eye(K, device=device).expand(P, -1, -1)
+        rows = torch.zeros(len(p.passage), K, V, device=device, requires_grad=True)
         with torch.enable_grad():
-            logp = p.branch(Factored(unit_keys, rows))  # [P, 11, vocab]
+            logp = p.branch(matrix_of(rows))  # [P, 11, vocab]
             chances = logp.detach().exp().flatten(0, 1).cpu()
             drawn = torch.multinomial(chances, 1, generator=cell.rng)
-            drawn = drawn.to(device).view(P, HORIZONS)
+            drawn = drawn.to(device).view(-1, HORIZONS)
             (G,) = torch.autograd.grad(at_token(logp, drawn).sum(), rows)  # [P, K, V]
         M_k += torch.einsum("pkv,plv->kl", G, G)
         M_v += torch.einsum("pkv,pkw->vw", G, G)
 
-    heeded = bool(M_k.any())
     require(
-        heeded,
+        bool(M_k.any()),
         f"no prediction heeds the state of layer {cell.layer}, head {cell.head}: is the "
         "model trained?",
     )
@@ -712,8 +689,8 @@ def replacement(cell: Cell, dictionaries: dict[str, WriteSAE], whole: bool = Fal
 
     `untrained` makes the dictionary that belongs beside every trained one: the null that decides.
     Returns a row per passage and position: passage, position (and file, if the cell has it); for
-    each dictionary index_NAME, a_NAME and cosine_NAME (of a A and X); for each thing put in its
-    effect by horizon, kl_NAME [N, 11], KL(native ‖ branch) in nats (NaN where it is not measured).
+    each dictionary index_NAME, a_NAME and cosine_NAME (of a A and X); for each thing put in
+    kl_NAME [N, 11], KL(native ‖ branch) by horizon in nats (NaN where it is not measured).
     """
     parts, positions = [], list(cell.positions)
     for p in points(cell):
@@ -728,7 +705,7 @@ def replacement(cell: Cell, dictionaries: dict[str, WriteSAE], whole: bool = Fal
             put_in[name] = A
             if whole:
                 put_in[name + "_whole"] = sae.decode(*sae.encode(p.coded(sae)))
-        put_in["delete"] = X.times(torch.zeros_like(X.keys[:, 0, 0]))
+        put_in["delete"] = Factored(X.keys, 0 * X.values)
         put_in |= controls(cell, p, next(iter(dictionaries.items())), part)
         measured = positions.index(p.t) % CONTROLS_EVERY == 0
         for name, Y in put_in.items():
@@ -746,8 +723,8 @@ def controls(
     first: tuple[str, WriteSAE],
     part: Table,
 ) -> dict[str, Factored]:
-    """`random`, `projected` and `native` of `replacement` at one point. Draws are made for all n
-    passages of the text, so that they do not depend on the size of a batch."""
+    """`random`, `projected` and `native` of `replacement` at one point, drawn for all n passages of
+    the text, whatever the size of a batch."""
     name, sae = first
     X, n = p.write(), len(cell.tokens)
     draws = torch.Generator().manual_seed(cell.rng.initial_seed() + p.t)
@@ -809,14 +786,12 @@ def effect(table: Table, name: str) -> Tensor:
 
 
 def rates(atom: Tensor, delete: Tensor) -> dict[str, float]:
-    """Of n effects each (lower is better for `atom`); NaN for n = 0:
+    """Of n effects each (lower is better for `atom`); NaN for none:
 
     win_rate            share with KL_atom < KL_delete (0.5: as good as nothing)
     recovered_pooled    1 − ΣKL_atom / ΣKL_delete (1: the write is restored, 0: as bad as nothing)
     recovered_median    the median of 1 − KL_atom / KL_delete
     """
-    if len(atom) == 0:
-        return dict(win_rate=math.nan, recovered_pooled=math.nan, recovered_median=math.nan)
     return dict(
         win_rate=mean(atom < delete),
         recovered_pooled=(1 - atom.sum() / delete.sum()).item(),
@@ -855,10 +830,10 @@ def dictionary_figures(table: Table, name: str, cosine_min: float) -> dict:
 
 
 def replacement_figures(table: Table, cosine_min: float, generator: torch.Generator) -> dict:
-    """The test's figures, from `replacement` of dictionaries "atom" and "untrained" (which may be
-    left out) on passages whose files are known, which intervals draw.
+    """The test's figures, from `replacement` of dictionaries "atom" and perhaps "untrained", on
+    passages whose files are known. Rates and medians are about kl@0..10, at firings unless the name
+    ends in _all.
 
-    Rates and medians are about kl@0..10, at firings unless the name ends in _all.
         win_ci95_by_...      95 %, drawing whole files, or all firings of an atom, again
         per_atom_win_rate    mean over the n_atoms_often atoms with at least five firings
         strict_order_rate    share with atom < delete < random
@@ -871,10 +846,10 @@ def replacement_figures(table: Table, cosine_min: float, generator: torch.Genera
     often = uses >= 5
     control = here & kl["random"].isfinite()  # firings where the controls were measured
     ordered = (kl["atom"] < kl["delete"]) & (kl["delete"] < kl["random"])
-    by_step = [
-        rates(table["kl_atom"][here, h].double(), table["kl_delete"][here, h].double())
-        for h in range(HORIZONS)
-    ]
+    by_horizon = []
+    for h in range(HORIZONS):
+        atom, delete = (table[name][here, h].double() for name in ("kl_atom", "kl_delete"))
+        by_horizon.append(dict(horizon=h) | rates(atom, delete))
     figures = dictionary_figures(table, "atom", cosine_min) | dict(
         n_positions=len(here),
         n_atoms=len(atoms),
@@ -888,7 +863,7 @@ def replacement_figures(table: Table, cosine_min: float, generator: torch.Genera
         strict_order_rate=mean(ordered[control]),
         projected_win_rate=mean((kl["projected"] < kl["delete"])[control]),
         median_kl={name: x[here & x.isfinite()].nanmedian().item() for name, x in kl.items()},
-        by_horizon=[dict(horizon=h) | step for h, step in enumerate(by_step)],
+        by_horizon=by_horizon,
     )
     if "kl_untrained" in table:
         figures["untrained"] = untrained_figures(table, cosine_min, generator)
@@ -926,10 +901,9 @@ def fit_gradient(
 ) -> list[float]:
     """Adam on the reconstruction error ‖X − X̂‖² of unit inputs, for every setting and source.
 
-    The error comes from products of factors, no K x V matrix is formed. An atom is dead once
-    `dead_after` samples passed without it. The k_aux best of the dead explain what is left, as in
-    arXiv 2406.04093 (residual detached, weight 1/32), and every `resample_every` steps but the last
-    the dead restart at the inputs coded worst, with Adam's memory of them cleared. No gradient goes
+    An atom is dead once `dead_after` samples passed without it. The k_aux best of the dead explain
+    what is left, as in arXiv 2406.04093 (residual detached, weight 1/32), and every
+    `resample_every` steps but the last the dead restart at the inputs coded worst. No gradient goes
     through the choice of atoms: all scores are computed without, those of the chosen once more.
 
     X: N matrices in the model's coordinates. Trains sae in place; returns the unexplained share of
@@ -944,7 +918,7 @@ def fit_gradient(
         optimiser.param_groups[0]["lr"] = lr * schedule(step, steps)
         x = draw(X, batch, generator)
         with torch.no_grad():
-            index, _ = sae.code(x)
+            index, _ = sae.code(x, sae.active)
         a = chosen_scores(sae, index, x)
         R = x.minus(sae.assemble(index, a))
         error = inner(R, R)  # [batch]
@@ -966,19 +940,17 @@ def fit_gradient(
 
 @torch.no_grad()
 def unit_inputs(sae: WriteSAE, X: Factored) -> Factored:
-    """N matrices in the SAE's coordinates, at unit norm; a centred SAE takes their mean as its
-    own."""
+    """N matrices in the SAE's coordinates, at unit norm; a centred SAE takes their mean."""
     if sae.mean is not None:
-        keys, values = X.keys @ sae.to_k, X.values @ sae.to_v
-        total = keys.flatten(0, 1).T @ values.flatten(0, 1)  # Σ over all factors, [K, V]
-        sae.mean.copy_(total / len(keys))
+        total = X.keys.flatten(0, 1).T @ X.values.flatten(0, 1)  # Σ over all factors, [K, V]
+        sae.mean.copy_(sae.to_k.T @ total @ sae.to_v / len(X.keys))
     X = sae.see(X)
     return X.times(1 / inner(X, X).sqrt().clamp_min(1e-30))
 
 
 def chosen_scores(sae: WriteSAE, index: Tensor, X: Factored) -> Tensor:
-    """relu ⟨E_i, X⟩ of chosen atoms: index [N, m], X [N, r, ·] -> [N, m]. Of writes with rank 1 no
-    others are computed, whose gradients would be zeros in as many numbers as there are scores."""
+    """relu ⟨E_i, X⟩ of chosen atoms: index [N, m], X [N, r, ·] -> [N, m]. With writes and rank 1
+    only these are computed, so that gradients hold no zeros for all others."""
     if X.keys.shape[1] > 1 or sae.readers.full:
         return sae.readers.products(X).gather(1, index).relu()
     E = sae.readers.at(index)  # [N, m, 1, ·]
@@ -1014,7 +986,7 @@ def restart(
     R: Factored,
     error: Tensor,
 ) -> Tensor:
-    """Put dead atoms at the inputs with the largest errors (their residuals R), and clear Adam's
+    """Put dead atoms at the residuals R of the inputs with the largest errors, and clear Adam's
     running means of them. Returns which were put there."""
     worst = error.argsort(descending=True)[: len(dead)]
     restarted = dead[: len(worst)]
@@ -1029,17 +1001,17 @@ def restart(
 # ---- 7. Firings of a cell's SAE, and what is lost without them -----------------------------------
 @torch.inference_mode()
 def codes(cell: Cell) -> Table:
-    """How the cell's SAE codes each write of its text: a row per token, with passage, position,
-    token, the dominant atom (index), its coefficient a, and the cosine of a A with the write."""
+    """How the cell's SAE codes its text: a row per token, with passage, position, token, the
+    write's dominant atom (index), its coefficient a, and the cosine of a A with the write."""
     parts = []
     for passage in torch.arange(len(cell.tokens)).split(8):
         tokens = cell.tokens[passage]
+        n, T = tokens.shape
         (X,) = collect(cell.model, tokens, cell.layer, [cell.head])
         index, a, A = cell.sae.dominant(X)
-        position = torch.arange(tokens.shape[1]).repeat(len(passage))
-        part = dict(passage=passage.repeat_interleave(tokens.shape[1]), position=position)
-        part |= dict(token=tokens.flatten(), index=index, a=a)
-        parts.append(part | dict(cosine=cosine(A, X)))
+        part = dict(passage=passage.repeat_interleave(T), position=torch.arange(T).repeat(n))
+        part |= dict(token=tokens.flatten(), index=index, a=a, cosine=cosine(A, X))
+        parts.append(part)
     return stack(parts)
 
 
@@ -1059,8 +1031,8 @@ def firings(cell: Cell, table: Table) -> Table:
 
 
 def events(cell: Cell, at: Table):
-    """Group the rows of a table (columns passage, position) by position and batch: yield a Point
-    with a passage for each row of a group, and the rows' indices in the table, [n]."""
+    """Group a table's rows by position and batch: yield a Point with a passage for each row of a
+    group, and their indices in the table, [n]."""
     for p in points(cell._replace(positions=at["position"].unique().tolist())):
         here = (at["position"] == p.t) & torch.isin(at["passage"], p.passage.cpu())
         which = here.nonzero()[:, 0]
@@ -1076,13 +1048,12 @@ def atoms_at(cell: Cell, at: Table) -> Factored:
 
 @torch.inference_mode()
 def taken_out(cell: Cell, at: Table, X: Factored) -> Tensor:
-    """What every token loses if X_i is taken out of the state at the i-th row of `at` (passage,
-    position): the change of its log-probability in nats, the mean over the write's step and the ten
-    after it. -> [N, vocab]"""
+    """How every token's log-probability changes if X_i is taken out of the state at the i-th row of
+    `at`, in nats, the mean over the write's step and the ten after it. -> [N, vocab]"""
     change = torch.zeros(len(at["passage"]), cell.model.vocab)
     for p, i in events(cell, at):
         out = X.rows(i.to(p.passage.device))
-        edited = p.branch(out._replace(values=-out.values))
+        edited = p.branch(Factored(out.keys, -out.values))
         change[i] = (edited - p.logp).mean(1).cpu().float()
     return change
 
@@ -1159,17 +1130,18 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
         "gated and scaled": final * ((gate * scale * delta_o) @ W_O.T) @ W_U.mT,
     }
     y, y_edited = (mixer.output(x, rest) for x in (o, o + moved))
+    index = targets[:, None].expand(-1, HORIZONS, -1)
 
     def direct(eps: Tensor) -> Tensor:  # as if no layer came after this one
         x = last.x + mixer.output(o + eps * moved, rest) - y
-        return of_tokens(model.unembed(last._replace(x=x)), targets)
+        return at_least_fp32(model.unembed(last._replace(x=x))).gather(-1, index)
 
     def full(eps: Tensor) -> Tensor:  # the model
-        return of_tokens(p.logits(change.times(eps)), targets)
+        return p.logits(change.times(eps)).gather(-1, index)
 
     def exact_head(eps: Tensor) -> Tensor:  # the model from y on
         mixed = p.stream._replace(x=p.stream.x + y + eps * (y_edited - y))
-        return of_tokens(p.onward(mixed), targets)
+        return p.onward(mixed).gather(-1, index)
 
     zero, one = delta_o.new_zeros(()), delta_o.new_ones(())
     measured = full(one) - full(zero)
@@ -1179,11 +1151,6 @@ def logit_ladder(p: Point, change: Factored, targets: Tensor) -> tuple[Tensor, T
     rungs["mean of two Jacobians"] = (rungs["full Jacobian"] + slope(full, one)) / 2
     rungs["exact head, mean of two"] = (slope(exact_head, zero) + slope(exact_head, one)) / 2
     return torch.stack([rungs[name] for name in RUNGS], 1), measured
-
-
-def of_tokens(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits [P, 11, vocab], targets [P, n] -> [P, 11, n]"""
-    return at_least_fp32(logits).gather(-1, targets[:, None].expand(-1, HORIZONS, -1))
 
 
 def fitted(x: Tensor, y: Tensor) -> Tensor:
@@ -1205,7 +1172,7 @@ def ladder(cell: Cell, eps: float = 0.1) -> Table:
     for p, i in events(cell, at):
         X, A = p.write(), atoms_at(cell, some_rows(at, i))
         size = inner(A, A).sqrt()
-        edits = dict(swap=A.minus(X), delete=X.times(-torch.ones_like(size)))
+        edits = dict(swap=A.minus(X), delete=Factored(X.keys, -X.values))
         edits["small"] = A.times(eps / size)
         ranked = p.logp[:, 0].topk(max(RANKS)).indices  # [n, 50]
         targets = ranked[:, torch.tensor(RANKS) - 1]
@@ -1272,11 +1239,9 @@ class Prompts(NamedTuple):
         values: Tensor,
         then: Tensor,
     ) -> tuple[Tensor, Cache]:
-        """Read the last n tokens, key valueᵀ added to each head's state at each, and tokens `then`.
-
+        """Read the last n tokens, key valueᵀ added to each head's state at each, and tokens `then`:
         keys [N, n, C, K], values [N, n, C, V], then [N, m] -> logits from the prompt's last token
-        on, [N, 1 + m, vocab], and the cache.
-        """
+        on, [N, 1 + m, vocab], and the cache."""
         n, edits = self.last.shape[1], []
         for t in range(n):
             for c, (layer, head) in enumerate(self.heads):
@@ -1293,8 +1258,8 @@ def read_prompts(
     heads,
     n: int = EDITED,
 ) -> Prompts:
-    """Read prompts [N, T] natively, ready for edits of these (layer, head) pairs at their last n
-    positions. Raises InputError for a head that is none, and if prompts are not longer than n."""
+    """Read prompts [N, T] natively, for edits of these (layer, head) pairs at the last n positions.
+    Raises InputError for a head that is none, and if prompts are not longer than n."""
     heads = sorted(heads)
     for head in heads:
         model.check_cell(*head)
@@ -1334,14 +1299,12 @@ def draw_targets(
     tokens [P, T] -> a row per pair: prompt, target, stratum."""
     logits, _ = model(tokens)
     order = logits[:, -1].argsort(-1, descending=True)
-    rank = order.argsort(-1) + 1  # [P, vocab]
-    inside = torch.zeros_like(rank, dtype=torch.bool)
-    inside.scatter_(1, tokens, True)
+    allowed = order[:, 99:1000].sort(-1).values  # by rank; then in the order of the vocabulary
     rows = []
     for stratum, wanted in enumerate(STRATA.values()):
-        allowed = (rank >= 100) & (rank <= 1000) & (inside == wanted)
         for prompt in range(len(tokens)):
-            candidates = allowed[prompt].nonzero()[:, 0].tolist()
+            inside = torch.isin(allowed[prompt], tokens[prompt])
+            candidates = allowed[prompt][inside == wanted].tolist()
             drawn = torch.randperm(len(candidates), generator=generator)[:each]
             rows += [(prompt, candidates[i], stratum) for i in drawn.tolist()]
     prompt, target, stratum = torch.tensor(rows, device=tokens.device).view(-1, 3).T
@@ -1351,10 +1314,10 @@ def draw_targets(
 def read_key(s: StepInputs) -> Tensor:
     """The unit key under which a value added at s's first token weighs most in all reads of s.
 
-    Such an edit κ yᵀ moves the read at t by (u_t · q_t) y with u_t = A_t ... A_1 κ, linear in κ:
-    its gain is κ · b_t with b_t = A_1ᵀ ... A_tᵀ q_t. The squared gains sum to κᵀ (Σ_t b_t b_tᵀ) κ,
-    largest at the leading eigenvector; the sign is the one with Σ_t κ · b_t > 0. Propagating the K
-    unit keys gives the b_t. s [N, T, C, ·] -> [N, C, K].
+    An edit κ yᵀ moves the read at t by (u_t · q_t) y with u_t = A_t ... A_1 κ, so by a gain κ · b_t
+    with b_t = A_1ᵀ ... A_tᵀ q_t. The squared gains sum to κᵀ (Σ_t b_t b_tᵀ) κ, largest at the
+    leading eigenvector; its sign: Σ_t κ · b_t > 0. Propagating the K unit keys gives the b_t.
+    s [N, T, C, ·] -> [N, C, K].
     """
     N, _, C, K = s.q.shape
     each = torch.arange(C, device=s.q.device).repeat_interleave(K)  # every head K times,
@@ -1448,8 +1411,7 @@ def formula_slopes(
     for t in range(keys.shape[1]):
         gain, _ = propagate(keys[:, t], s.times(t))  # [N, n − t, C]
         gains.append(gain[:, -1])
-    W_O = [model.out_map(layer)[:, head] for layer, head in prompts.heads]
-    W_O = torch.stack(W_O)  # [C, D, V]
+    W_O = torch.stack([model.out_map(layer)[:, head] for layer, head in prompts.heads])  # [C, D, V]
     W_U = at_least_fp32(model.unembedding[targets])  # [N, D]
     seen = torch.einsum("nd,cdv->ncv", W_U, W_O)
     if gated:
@@ -1483,7 +1445,9 @@ def steering_values(
         return sized(formula_slopes(prompts, keys, targets, kind == "gated"), size, budget)
     first, later = ("memory", "memory") if kind == "memory" else ("logit", "log_p")
     values = sized(gradient(prompts, keys, zero, targets, first), size, budget)
-    for i in range(steps if kind != "gradient" else 0):
+    if kind == "gradient":
+        return values
+    for i in range(steps):
         up = sized(gradient(prompts, keys, values, targets, later), 1, budget)
         uphill = sized(values, 1, budget) + (1 - i / steps) * up
         values = sized(uphill, size, budget)
@@ -1496,8 +1460,8 @@ def state_change(edited: Cache, native: Cache) -> Tensor:
     for ours, theirs in zip(edited.layers, native.layers):
         if "state" in theirs:
             change = ours["state"] - theirs["state"]  # [N, H, K, V]
-            moved = moved + change.square().sum((1, 2, 3))
-            norm = norm + theirs["state"].square().sum((1, 2, 3))
+            moved += change.square().sum((1, 2, 3))
+            norm += theirs["state"].square().sum((1, 2, 3))
     return (moved / norm).sqrt()
 
 
@@ -1602,7 +1566,7 @@ def steering_figures(edited: Table, native: Table, random: Table) -> dict:
 
 # ---- 10. Erasing: an atom taken out where it fires -----------------------------------------------
 def every_second(file: Tensor) -> Tensor:
-    """True for passages of every second file: there we choose, on the others we test. [P] -> [P]"""
+    """True for passages of every second file: there we choose, on the others we test. [P]"""
     files = file.unique()
     require(
         len(files) > 1,
@@ -1671,7 +1635,7 @@ def erasure(cell: Cell, n_atoms: int = 20) -> Table:
     shift = torch.randint(1, max(2, sae.n_atoms), (N,), generator=cell.rng)
     another = (at["index"] + shift) % sae.n_atoms
     B = atoms_at(cell, at | dict(index=another))
-    R = random_direction(leading_pair(A), cell.rng)
+    R = random_direction(A, cell.rng)
     out = [A, as_large_as(A, R), as_large_as(A, B), A]
     away = at | dict(passage=(lots * silent).argmax(0))
     where = stack([at, at, at, away])
@@ -1790,10 +1754,10 @@ def passage_test(cell: Cell) -> Table:
         firing = fires(a, cosine(A, X), cell.sae.cfg["cosine_min"])
         R = random_direction(X, cell.rng).times(inner(X, X).sqrt())
         part = dict(firings=firing.view(n, T)[:, positions].sum(1))
-        for name, Y in dict(native=X, delete=X.times(0 * a), atom=A, random=R).items():
-            change = Y.minus(X).times(firing.to(a.dtype))  # nothing where no atom fires
-            keys = change.keys.unflatten(0, (n, T))  # [n, T, r, K]
-            values = change.values.unflatten(0, (n, T))
+        nothing = Factored(X.keys, 0 * X.values)
+        for name, Y in dict(native=X, delete=nothing, atom=A, random=R).items():
+            change = Y.minus(X).times(firing)  # nothing where no atom fires
+            keys, values = (x.unflatten(0, (n, T)) for x in change)  # [n, T, r, ·]
             edits = []
             for t in positions if name != "native" else []:
                 for r in range(keys.shape[2]):
