@@ -508,7 +508,7 @@ def measure_cells(experiment: Experiment, args):
         began, name = time.time(), dict(model=cell.model.name, layer=cell.layer, head=cell.head)
         figures, table = experiment.measure(cell, corpus, args)
         results = [name | f for f in (figures if isinstance(figures, list) else [figures])]
-        results[0]["seconds"] = round(time.time() - began, 1)
+        results[0].setdefault("seconds", round(time.time() - began, 1))
         yield name, results, table
 
 
