@@ -31,6 +31,8 @@ import sys
 import sysconfig
 import tempfile
 import time
+from operator import itemgetter
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -73,7 +75,8 @@ def progress(items):
 
 
 # ---- Text: what every Python installation carries, or the user's own -----------------------------
-NOT_READ = "test tests site-packages dist-packages encodings idlelib lib2to3 turtledemo pydoc_data"
+NOT_READ = """test tests site-packages dist-packages encodings idlelib lib2to3 turtledemo pydoc_data
+__pycache__"""
 
 
 def python_text() -> dict[str, str]:
@@ -83,13 +86,12 @@ def python_text() -> dict[str, str]:
 
     root, files = sysconfig.get_paths()["stdlib"], {}
     for folder, folders, names in os.walk(root):
-        left_out = [f for f in folders if f.startswith(("__pycache__", "config-"))]
-        folders[:] = sorted(set(folders) - set(left_out) - set(NOT_READ.split()))
+        kept = set(folders) - set(NOT_READ.split())
+        folders[:] = sorted(f for f in kept if not f.startswith("config-"))
         for name in sorted(names):
             if name.endswith(".py") and not name.startswith("_sysconfigdata"):
-                path = os.path.join(folder, name)
-                with open(path, encoding="utf-8", errors="replace") as f:
-                    files[os.path.relpath(path, root).replace(os.sep, "/")] = f.read()
+                path = Path(folder, name)
+                files[path.relative_to(root).as_posix()] = path.read_text("utf-8", "replace")
     return files | {f"topics/{name}": text for name, text in sorted(topics.items())}
 
 
@@ -107,9 +109,8 @@ def read_files(path: str) -> dict[str, str]:
     files = {}
     for file in paths:
         try:
-            with open(file, encoding="utf-8") as f:
-                name = os.path.basename(path) if file == path else os.path.relpath(file, path)
-                files[name] = f.read()
+            name = os.path.basename(path) if file == path else os.path.relpath(file, path)
+            files[name] = Path(file).read_text("utf-8")
         except UnicodeDecodeError as error:
             require(file != path, f"{path} is not UTF-8 text ({error.reason}); give a text file")
         except OSError as error:
@@ -132,6 +133,11 @@ def choose_text(args) -> tuple[dict[str, str], dict[str, str]]:
     return training, tested
 
 
+def spread(n: int, most: int) -> Tensor:
+    """At most so many of the numbers 0..n−1, evenly spread."""
+    return torch.linspace(0, n - 1, min(most, n)).long()
+
+
 class Corpus(NamedTuple):
     """Text as a model reads it."""
 
@@ -148,8 +154,7 @@ class Corpus(NamedTuple):
         pieces = [ids for ids in encoded if len(ids) == T]
         few = f"the training text has {len(text)} characters, too few for one window of {T} tokens"
         require(pieces, f"{few}: give a longer --train-text")
-        keep = torch.linspace(0, len(pieces) - 1, min(n, len(pieces))).long().tolist()
-        return torch.tensor([pieces[i] for i in keep], device=self.device)
+        return torch.tensor(pieces, device=self.device)[spread(len(pieces), n)]
 
 
 def copied(passage: str, lines: set[str]) -> bool:
@@ -168,12 +173,11 @@ def tested_windows(corpus: Corpus, files: dict[str, str], n: int, T: int) -> tup
         tokens.append(ids[: len(ids) // T * T].view(-1, T))
         file.append(torch.full((len(tokens[-1]),), i))
     tokens, file = torch.cat(tokens), torch.cat(file)
-    spread = torch.linspace(0, max(0, len(tokens) - 1), min(len(tokens), 10 * n)).long().tolist()
-    decode = corpus.tokenizer.decode
-    own = [i for i in spread if not copied(decode(tokens[i].tolist()), lines)]
+    tried, decode = spread(len(tokens), 10 * n).tolist(), corpus.tokenizer.decode
+    own = [i for i in tried if not copied(decode(tokens[i].tolist()), lines)]
     few = f"the text gives {len(own)} passages of {T} tokens that are no copies of training text"
     require(len(own) >= n, f"{few}, {n} are needed: take a longer text or a smaller --passages")
-    chosen = torch.tensor(own)[torch.linspace(0, len(own) - 1, n).long()]
+    chosen = torch.tensor(own)[spread(len(own), n)]
     return tokens[chosen].to(corpus.device), file[chosen]
 
 
@@ -209,33 +213,30 @@ def cell_name(cell) -> str:
     return f"{cell.model.name} L{cell.layer}H{cell.head}"
 
 
-def number(text: str, what: str) -> int:
-    """A layer or head as a number. Raises InputError."""
-    require(text.isdecimal(), f"{what} {text!r}: allowed are a number or all")
-    return int(text)
+def default_layer(model: LanguageModel) -> int:
+    """The second recurrent layer (or the only one), fixed before anything was measured."""
+    return model.recurrent_layers[:2][-1]
 
 
 def chosen_cells(model: LanguageModel, args) -> list[tuple[int, int]]:
-    """The (layer, head) pairs that --layer and --head name: by default the second recurrent layer,
-    head 0, fixed before anything was measured."""
-    layers = [model.recurrent_layers[:2][-1]]
+    """The (layer, head) pairs that --layer and --head name. Raises InputError."""
+    layers = [default_layer(model) if args.layer is None else args.layer]
     if args.layer == "all":
         layers = model.recurrent_layers
-    elif args.layer is not None:
-        layers = [number(args.layer, "layer")]
     cells = []
     for layer in layers:
-        heads = [] if args.head == "all" else [number(args.head, "head")]
-        model.check_cell(layer, heads[0] if heads else 0)
-        cells += [(layer, head) for head in heads or range(model.layers[layer].mixer.heads)]
+        model.check_cell(layer, 0 if args.head == "all" else args.head)
+        heads = range(model.layers[layer].mixer.heads) if args.head == "all" else [args.head]
+        cells += [(layer, head) for head in heads]
     return cells
 
 
 def sae_settings(args) -> dict:
     """The SAE's settings: the defaults of its source, and what the command line says."""
     settings = dict(source=args.source) | SAE_DEFAULTS[args.source] | dict(seed=args.seed)
-    asked = {key: getattr(args, key) for key in settings if key in args}
-    settings |= {key: value for key, value in asked.items() if value is not None}
+    for key in settings:
+        if getattr(args, key) is not None:
+            settings[key] = getattr(args, key)
     if args.train_text:
         settings["text"] = os.path.basename(os.path.normpath(args.train_text))
     return settings
@@ -291,9 +292,8 @@ def train_saes(cell: Cell, corpus: Corpus, heads: list[int], args) -> list[Write
         settings["atoms"] = 512
     n = 60 if args.quick else min(TRAINING_WINDOWS[args.source], max(300, settings["atoms"] // 4))
     tokens = corpus.windows(n, CONTEXT)
-    written = writesae.collect(
-        cell.model, tokens, cell.layer, heads, args.source, progress=progress
-    )
+    how = dict(source=args.source, progress=progress)
+    written = writesae.collect(cell.model, tokens, cell.layer, heads, **how)
     for head, X in zip(heads, written):
         cell = cell._replace(head=head, rng=torch.Generator().manual_seed(settings["seed"]))
         sae = new_sae(cell.model, cell.layer, head, settings)
@@ -316,8 +316,8 @@ def train_saes(cell: Cell, corpus: Corpus, heads: list[int], args) -> list[Write
 def check_sae(sae: WriteSAE, cell: Cell, path: str, args):
     """Raise InputError unless the SAE is of this cell, and of the settings that were asked for."""
     mixer, model = cell.model.layers[cell.layer].mixer, cell.model
-    expected = dict(architecture=model.architecture, K=mixer.K, V=mixer.V)
-    expected |= dict(layer=cell.layer, head=cell.head)
+    expected = dict(architecture=model.architecture, layer=cell.layer, head=cell.head)
+    expected |= dict(K=mixer.K, V=mixer.V)
     if os.path.dirname(os.path.abspath(path)) != os.path.abspath(model.folder):
         expected["model"] = os.path.basename(model.name)
     if args.atoms is not None:
@@ -325,10 +325,9 @@ def check_sae(sae: WriteSAE, cell: Cell, path: str, args):
     if args.command != "replace":  # the one experiment that knows what to do with states
         expected["source"] = "write"
     for key, value in expected.items():
-        theirs, advice = sae.cfg.get(key), f"give an SAE of {cell_name(cell)}, or leave --sae out"
-        require(
-            theirs == value, f"{path}: this SAE has {key} {theirs}, here it is {value}; {advice}"
-        )
+        differs = f"{path}: this SAE has {key} {sae.cfg.get(key)}, here it is {value}"
+        advice = f"give an SAE of {cell_name(cell)}, or leave --sae out"
+        require(sae.cfg.get(key) == value, f"{differs}; {advice}")
 
 
 def find_sae(cell: Cell, corpus: Corpus, args) -> WriteSAE:
@@ -394,23 +393,21 @@ class TablePrinter:
             self.row(row)
 
     def row(self, row: dict):
-        """One row, under the headings if it is the first."""
-        fields = self.fields(row)
+        """One row, under the headings if it is the first; a column whose heading ends in a space
+        is aligned left."""
+        lines = [self.fields(row)]
         if self.widths is None:
-            self.widths = [max(len(h), len(f)) for h, f in zip(self.columns, fields)]
-            self.line(list(self.columns))
-        self.line(fields)
-
-    def line(self, fields: list[str]):
-        """One line; a column whose heading ends in a space is aligned left."""
-        aligned = []
-        for text, width, heading in zip(fields, self.widths, self.columns):
-            aligned.append(text.ljust(width) if heading.endswith(" ") else text.rjust(width))
-        print("  ".join(aligned).rstrip(), flush=True)
+            lines.insert(0, self.columns)
+            self.widths = [max(map(len, column)) for column in zip(*lines)]
+        for line in lines:
+            aligned = []
+            for text, width, heading in zip(line, self.widths, self.columns):
+                aligned.append(text.ljust(width) if heading.endswith(" ") else text.rjust(width))
+            print("  ".join(aligned).rstrip(), flush=True)
 
     def markdown(self, rows: list[dict]) -> str:
         """The whole table in Markdown."""
-        lines = [list(self.columns), ["---"] * len(self.columns), *map(self.fields, rows)]
+        lines = [self.columns, ["---"] * len(self.columns), *map(self.fields, rows)]
         safe = [[text.replace("|", "\\|") for text in line] for line in lines]
         return "".join("| " + " | ".join(line) + " |\n" for line in safe)
 
@@ -425,19 +422,20 @@ def write_section(args, experiment: Experiment, cells: list[list[dict]]):
     """Write a table into the file of --markdown, under the command: its section is replaced if
     there is one of this title, else added at the end. The rest of the file stays. Of many cells
     only the first row each stands there, and what holds for all of them together."""
-    text = ""
-    if os.path.exists(args.markdown):
-        with open(args.markdown, encoding="utf-8") as f:
-            text = f.read()
-    first, *sections = text.split("\n## ")
-    kept = [section for section in sections if section.splitlines()[0] != args.title]
+    page = Path(args.markdown)
+    first, *sections = (page.read_text("utf-8") if page.exists() else "").split("\n## ")
     together = about_cells(experiment, cells)
     rows = [experiment.rows(results)[: 1 if together else None] for results in cells]
     above = [experiment.above(results) for results in cells if experiment.above]
     said = "\n\n".join(t.strip() for t in [experiment.legend, together, *above] if t)
     table = TablePrinter(experiment).markdown(sum(rows, []))
-    kept.append(f"{args.title}\n\n```\n{said}\n```\n\n{table}")
-    write_text(args.markdown, "\n## ".join([first, *kept]))
+    section = f"{args.title}\n\n```\n{said}\n```\n\n{table}"
+    titles = [text.splitlines()[0] for text in sections]
+    if args.title in titles:
+        sections[titles.index(args.title)] = section
+    else:
+        sections.append(section)
+    write_text(args.markdown, "\n## ".join([first, *sections]))
 
 
 def no_nan(x):
@@ -449,11 +447,11 @@ def no_nan(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-def json_lines(name: dict, table: Table) -> str:
+def json_lines(result: dict, table: Table) -> str:
     """One JSON line per row of a table, the cell's name in each."""
-    columns = [x.tolist() for x in table.values()]
-    rows = [name | dict(zip(table, values)) for values in zip(*columns)]
-    return "".join(json.dumps(no_nan(row)) + "\n" for row in rows)
+    cell = {key: result[key] for key in ("model", "layer", "head")}
+    rows = zip(*[x.tolist() for x in table.values()])
+    return "".join(json.dumps(no_nan(cell | dict(zip(table, row)))) + "\n" for row in rows)
 
 
 def world() -> int:
@@ -499,7 +497,7 @@ def open_cells(args, n: int):
 
 
 def measure_cells(experiment: Experiment, args):
-    """Yield for each cell its name, its figures and its table."""
+    """Yield for each cell its figures and its table."""
     for cell, corpus in open_cells(args, args.passages or experiment.passages[args.quick]):
         if experiment.needs_sae:
             cell = cell._replace(sae=find_sae(cell, corpus, args))
@@ -509,19 +507,18 @@ def measure_cells(experiment: Experiment, args):
         figures, table = experiment.measure(cell, corpus, args)
         results = [name | f for f in (figures if isinstance(figures, list) else [figures])]
         results[0].setdefault("seconds", round(time.time() - began, 1))
-        yield name, results, table
+        yield results, table
 
 
 def saved_cells(args):
     """Yield the same of what --json wrote earlier, without the tables. Raises InputError."""
     cells = {}
     with models.reading(args.results, "give a file that --json of this command wrote"):
-        with open(args.results, encoding="utf-8") as f:
-            for r in json.load(f):
-                cells.setdefault((r["model"], r["layer"], r["head"]), []).append(r)
-        for (model, layer, head), results in cells.items():
+        for r in json.loads(Path(args.results).read_text("utf-8")):
+            cells.setdefault((r["model"], r["layer"], r["head"]), []).append(r)
+        for results in cells.values():
             EXPERIMENTS[args.command].rows(results)  # raises here if they are another command's
-            yield dict(model=model, layer=layer, head=head), results, {}
+            yield results, {}
 
 
 def run_experiment(args) -> int:
@@ -531,7 +528,7 @@ def run_experiment(args) -> int:
     for share in saved_cells(args) if args.results else measure_cells(experiment, args):
         shares.append(share)
         if world() == 1:
-            printer.cell(share[1])
+            printer.cell(share[0])
     shares = gathered(shares)
     if shares:
         finish(experiment, printer, shares, args)
@@ -540,7 +537,7 @@ def run_experiment(args) -> int:
 
 def finish(experiment: Experiment, printer: TablePrinter, shares: list, args):
     """What comes after the last cell: lines over all of them, JSON, records, the picture."""
-    cells = [results for _, results, _ in shares]
+    cells, tables = zip(*shares)
     for results in cells if world() > 1 else []:
         printer.cell(results)
     print(about_cells(experiment, cells), end="")
@@ -550,37 +547,27 @@ def finish(experiment: Experiment, printer: TablePrinter, shares: list, args):
     if args.markdown:
         write_section(args, experiment, cells)
     if args.records:
-        write_text(args.records, "".join(json_lines(name, table) for name, _, table in shares))
+        lines = [json_lines(results[0], table) for results, table in shares]
+        write_text(args.records, "".join(lines))
     if args.plot:
-        save_figure(experiment.draw(everything, [table for _, _, table in shares]), args.plot)
+        save_figure(experiment.draw(everything, tables), args.plot)
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73")  # safe for the colour-blind
+DOTS = dict(s=3, alpha=0.35, linewidths=0)  # of a cloud of points
 
 
 def panels(rows: int, columns: int, width: float = 4.2, height: float = 3.6):
-    """A figure, drawn to a file, and its panels, by rows."""
-    import matplotlib
+    """A figure and its panels, by rows."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (width * columns, height * rows)
-    return plt.subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False)
+    figure = Figure((width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save_figure(figure, path: str, dpi: int = 110):
     """Write a figure as a PNG file, whole or not at all."""
-
-    def write(file: str):
-        figure.savefig(file, dpi=dpi, format="png")
-
-    save_then_rename(write, path)
-
-
-def dots(axis, x: Tensor, y: Tensor, label: str, colour: str | None = None):
-    """A cloud of points in a panel."""
-    axis.scatter(x, y, s=3, alpha=0.35, linewidths=0, color=colour, label=label)
+    save_then_rename(functools.partial(figure.savefig, dpi=dpi, format="png"), path)
 
 
 # ---- replace -------------------------------------------------------------------------------------
@@ -665,15 +652,14 @@ def draw_replace(results: list[dict], tables: list[Table]):
     """A panel per cell: the effect with the atom against the effect with nothing, a point per
     firing, and the share below the line, which are wins; the untrained dictionary's beside it."""
     figure, (axes,) = panels(1, len(results))
-    labels = dict(untrained="untrained writes", atom="trained atoms")
+    kinds = ("untrained", "untrained writes", COLOURS[1]), ("atom", "trained atoms", COLOURS[0])
     for axis, r, table in zip(axes, results, tables):
         delete = writesae.effect(table, "delete")
-        for name, colour in dict(untrained=COLOURS[1], atom=COLOURS[0]).items():
-            match = table["a_" + name], table["cosine_" + name]
-            here = writesae.fires(*match, r["cosine_min"])
+        for name, kind, colour in kinds:
+            here = writesae.fires(table["a_" + name], table["cosine_" + name], r["cosine_min"])
             x, y = delete[here], writesae.effect(table, name)[here]
-            label = f"{labels[name]}: {mean(y < x):.1%} of {len(x):,} below the line"
-            dots(axis, x, y, label, colour)
+            label = f"{kind}: {mean(y < x):.1%} of {len(x):,} below the line"
+            axis.scatter(x, y, color=colour, label=label, **DOTS)
         low, high = 1e-7, delete.max().item()
         axis.plot([low, high], [low, high], color="black", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low / 100, high))
@@ -742,8 +728,7 @@ def draw_formula(results: list[dict], tables: list[Table]):
         i = list(writesae.RUNGS).index(name)
         for axis, r, table in zip(row, results, tables):
             measured = table["measured_swap"].flatten()
-            predicted = table["predicted_swap"][:, i].flatten()
-            dots(axis, predicted, measured, name, COLOURS[0])
+            axis.scatter(table["predicted_swap"][:, i], measured, color=COLOURS[0], **DOTS)
             limit = measured.abs().quantile(0.995).item()
             axis.axline((0, 0), slope=1, color="black", linewidth=0.7)
             axis.set(xlim=(-limit, limit), ylim=(-limit, limit))
@@ -764,9 +749,8 @@ def edited_heads(cell: Cell, reach: str) -> list[tuple[int, int]]:
     if reach == "head":
         return [(cell.layer, cell.head)]
     layers = cell.model.recurrent_layers if reach == "all" else [cell.layer]
-    return [
-        (layer, head) for layer in layers for head in range(cell.model.layers[layer].mixer.heads)
-    ]
+    heads = {layer: range(cell.model.layers[layer].mixer.heads) for layer in layers}
+    return [(layer, head) for layer in layers for head in heads[layer]]
 
 
 def by_stratum(edited: Table, native: Table, random: Table) -> list[dict]:
@@ -875,9 +859,8 @@ def steer_rows(results: list[dict]) -> list[dict]:
     def control(r: dict, kind: str) -> dict:
         strata = []
         for s in r["strata"]:
-            names = dict(persists_rate="_persists_rate", edited_rate="_rate")
-            names["edited_perplexity"] = "_perplexity"
-            strata.append({name: s[kind + theirs] for name, theirs in names.items()})
+            rates = dict(persists_rate=s[kind + "_persists_rate"], edited_rate=s[kind + "_rate"])
+            strata.append(rates | dict(edited_perplexity=s[kind + "_perplexity"]))
         return dict(what=f"{r['model']}, {r['strata'][0]['n_pairs']} pairs: {kind}", strata=strata)
 
     rows = [control(first, "native")]
@@ -951,12 +934,8 @@ def erase(cell: Cell, corpus: Corpus, args):
         token = part["promoted"][0].item()
         name = dict(atom=atom, token=token, text=corpus.tokenizer.decode([token]))
         atoms.append(name | writesae.erasure_figures(part, cell.rng))
-    return figures | dict(atoms=sorted(atoms, key=most_used)), table
-
-
-def most_used(figures: dict) -> int:
-    """Sorts by the number of firings, the largest first."""
-    return -figures["n_firings"]
+    atoms.sort(key=itemgetter("n_firings"), reverse=True)
+    return figures | dict(atoms=atoms), table
 
 
 def erase_rows(results: list[dict]) -> list[dict]:
@@ -1006,9 +985,8 @@ def atoms(cell: Cell, corpus: Corpus, args):
     some = writesae.stack(samples)  # one pass over the text for all atoms
     A, sizes = writesae.atoms_at(cell, some), [len(sample["index"]) for sample in samples]
     R = writesae.random_direction(A, cell.rng)
-    lost, control = (
-        writesae.taken_out(cell, some, X).split(sizes) for X in (A, writesae.as_large_as(A, R))
-    )
+    lost = writesae.taken_out(cell, some, A).split(sizes)
+    control = writesae.taken_out(cell, some, writesae.as_large_as(A, R)).split(sizes)
     described = [describe(cell, corpus, *three) for three in zip(parts, lost, control)]
     population = writesae.population_figures(table, cell.sae.cfg["cosine_min"])
     quarter = cell.tokens[: len(cell.tokens) // 4 + 1]
@@ -1019,11 +997,6 @@ def atoms(cell: Cell, corpus: Corpus, args):
     return described, table
 
 
-def spread(n: int, most: int) -> Tensor:
-    """At most so many of the numbers 0..n−1, evenly spread."""
-    return torch.linspace(0, n - 1, min(most, n)).long()
-
-
 def describe(cell: Cell, corpus: Corpus, at: Table, lost: Tensor, control: Tensor) -> dict:
     """One atom, by its firings and what tokens lose if it, or a random direction, is taken out at
     some of them [n, vocab]: its figures, the tokens that lose most, and five contexts from
@@ -1032,14 +1005,11 @@ def describe(cell: Cell, corpus: Corpus, at: Table, lost: Tensor, control: Tenso
     decode, contexts = corpus.tokenizer.decode, {}
     for passage, t in zip(at["passage"].tolist(), at["position"].tolist()):
         ids = cell.tokens[passage].tolist()
-        marked = (
-            f"{decode(ids[max(0, t - 12) : t])}⟦{decode([ids[t]])}⟧{decode(ids[t + 1 : t + 7])}"
-        )
+        start, firing, end = ids[max(0, t - 12) : t], ids[t : t + 1], ids[t + 1 : t + 7]
+        marked = f"{decode(start)}⟦{decode(firing)}⟧{decode(end)}"
         contexts.setdefault(int(cell.file[passage]), marked)  # the first of each file
-    counts, before = (
-        at["token"].bincount(),
-        cell.tokens[at["passage"], at["position"] - 1].bincount(),
-    )
+    counts = at["token"].bincount()
+    before = cell.tokens[at["passage"], at["position"] - 1].bincount()
     return dict(
         atom=int(at["index"][0]),
         n_firings=len(at["index"]),
@@ -1310,34 +1280,19 @@ def draw_compare(results: list[dict], tables: list[Table]):
 
 EXPERIMENTS = {
     "replace": Experiment(
-        replace,
-        REPLACE_COLUMNS,
-        replace_rows,
-        REPLACE_LEGEND,
-        draw=draw_replace,
+        replace, REPLACE_COLUMNS, replace_rows, REPLACE_LEGEND, draw=draw_replace,
         all_cells=replace_cells,
     ),
     "formula": Experiment(
         formula, FORMULA_COLUMNS, formula_rows, FORMULA_LEGEND, (100, 8), draw=draw_formula
     ),
     "steer": Experiment(
-        steer,
-        STEER_COLUMNS,
-        steer_rows,
-        STEER_LEGEND,
-        (40, 8),
-        needs_sae=False,
-        draw=draw_steer,
+        steer, STEER_COLUMNS, steer_rows, STEER_LEGEND, (40, 8), needs_sae=False, draw=draw_steer,
         above=steer_shown,
     ),
     "erase": Experiment(erase, ERASE_COLUMNS, erase_rows, ERASE_LEGEND, (1600, 240)),
     "atoms": Experiment(
-        atoms,
-        ATOMS_COLUMNS,
-        atoms_rows,
-        ATOMS_LEGEND,
-        (400, 60),
-        draw=draw_atoms,
+        atoms, ATOMS_COLUMNS, atoms_rows, ATOMS_LEGEND, (400, 60), draw=draw_atoms,
         above=atoms_population,
     ),
     "compare": Experiment(
@@ -1455,7 +1410,7 @@ def branches(model: LanguageModel, peer: Peer, tokens: Tensor, at_once: int) -> 
     """P branches in a batch, the peer `at_once`: the last write of a cached prefix is deleted, then
     eleven tokens read. The peer's state is changed before token t, ours after it, where A_t has
     moved the write of t-1 (`propagate`). tokens [P, T]"""
-    t, layer = tokens.shape[1] - HORIZONS, model.recurrent_layers[:2][-1]
+    t, layer = tokens.shape[1] - HORIZONS, default_layer(model)
     points = writesae.points(Cell(model, layer, 0, tokens, [t - 1, t]))
     before, point = next(points), next(points)
     _, key = models.propagate(before.s.k[:, 0], before.s.times(0, 2))
@@ -1505,7 +1460,7 @@ def own_rows(model: LanguageModel, tokens: Tensor):
     """Yield rows against ourselves. A text against its first eighth, per token (1: a token's cost
     does not grow; attention's does), in the layers below the first attention and in all. What all
     heads of a layer write, collected in one pass, against a pass per head. tokens [n, T]"""
-    T, layer = tokens.shape[1], model.recurrent_layers[:2][-1]
+    T, layer = tokens.shape[1], default_layer(model)
     H, n = model.layers[layer].mixer.heads, len(model.layers)
 
     def start(length: int, layers: int) -> Tensor:
@@ -1851,7 +1806,7 @@ def pretrain_one(name: str, folder: str, args):
         for part, state in zip(parts, saved):
             part.load_state_dict(state)
         say(f"going on from step {done}")
-    for step in tqdm(range(done, steps), file=sys.stderr, disable=None):
+    for step in progress(range(done, steps)):
         x = training_batch(tokens, args.seed, step).to(model.device)
         loss, done = train_step(parts, x, step, steps), step + 1
         if done % SAVE_EVERY == 0 or done == steps:
@@ -1882,14 +1837,18 @@ def pretrain(args) -> int:
 
 # ---- The command line ----------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors as one line and no abbreviations."""
-
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
+    """argparse, with errors as one line."""
 
     def error(self, message: str):
         """Raise InputError where argparse would print its usage and exit."""
         raise InputError(f"{message}; see python {self.prog} --help")
+
+
+def number_or_all(text: str) -> int | str:
+    """A layer or head."""
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed are a number or all")
+    return text if text == "all" else int(text)
 
 
 def positive(text: str) -> int:
@@ -1919,8 +1878,11 @@ OPTIONS = {  # each option once; the commands below name those that they take
         metavar="FILE|FOLDER",
         help="train on this text, not Python's own; of a folder one file in ten is held out",
     ),
-    "layer": dict(help="a recurrent layer, from 0, or all (default: the second recurrent one)"),
-    "head": dict(default="0", help="a head, from 0, or all (default 0)"),
+    "layer": dict(
+        type=number_or_all,
+        help="a recurrent layer, from 0, or all (default: the second recurrent one)",
+    ),
+    "head": dict(type=number_or_all, default=0, help="a head, from 0, or all (default 0)"),
     "dtype": dict(
         default="fp32", choices=["fp32", "bf16"], help="of the weights; recurrence and KL are fp32"
     ),
@@ -1992,13 +1954,11 @@ COMMANDS = {  # command -> its function, its options, an example
 
 def make_parser() -> Parser:
     """A subparser per command, each with only its own options; the others have their defaults."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="run.py", description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=Parser
-    )
+    raw, whole = argparse.RawDescriptionHelpFormatter, dict(allow_abbrev=False)
+    parser = Parser(prog="run.py", description=__doc__, formatter_class=raw, **whole)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, options, example) in COMMANDS.items():
-        p = commands.add_parser(name, epilog=f"example: python run.py {name} {example}")
+        p = commands.add_parser(name, epilog=f"example: python run.py {name} {example}", **whole)
         for option, settings in OPTIONS.items():
             if option == "passages" and name in EXPERIMENTS:
                 many, few = EXPERIMENTS[name].passages
@@ -2011,13 +1971,12 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises InputError for a wrong one."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    args = make_parser().parse_args(words)
+    args = make_parser().parse_args(argv)
     args.models = [args.model] if args.model else list(EMBEDDED)
     outputs = ("--json", "--plot", "--records", "--markdown", "--results")
-    kept = [w for i, w in enumerate(words) if not {w, words[i - 1]} & set(outputs)]
+    kept = [w for i, w in enumerate(argv) if not {w, argv[i - 1]} & set(outputs)]
     args.title = f"`python run.py {' '.join(kept)}`"  # of its section in a Markdown file
     written = [args.json, args.records, args.plot, args.markdown]
     for path in filter(None, [*written, args.sae if args.command == "train" else None]):
@@ -2040,7 +1999,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run a command; 0, or 2 after one line on stderr, or 130 after Ctrl-C, or 1 where whatever
     reads our stdout has gone (as after `| head`)."""
     try:
@@ -2058,4 +2017,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
