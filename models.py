@@ -1086,6 +1086,15 @@ def save_then_rename(write: Callable[[str], None], path: str):
             os.remove(temporary)
 
 
+def make_folder(path: str):
+    """The folder, if it is not there yet. Raises InputError where it cannot be made."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: no folder can be made there ({error.strerror}); give another "
+                         "place") from None
+
+
 def write_text(path: str, text: str):
     """Write a text file whole or not at all."""
 
@@ -1098,7 +1107,7 @@ def write_text(path: str, text: str):
 
 def save(model: LanguageModel, config: dict, folder: str, dtype: torch.dtype = torch.float32):
     """Write config.json and model.safetensors in the hub's layout, for `load` and transformers."""
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     weights = {hub_name(model.architecture, name): p.detach().cpu().to(dtype).contiguous()
                for name, p in model.named_parameters()}
     write = functools.partial(safetensors.torch.save_file, weights, metadata={"format": "pt"})

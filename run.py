@@ -218,21 +218,29 @@ def default_layer(model: LanguageModel) -> int:
     return model.recurrent_layers[:2][-1]
 
 
-def chosen_cells(model: LanguageModel, args) -> list[tuple[int, int]]:
-    """The (layer, head) pairs that --layer and --head name. Raises InputError."""
-    layers = [default_layer(model) if args.layer is None else args.layer]
+def number(text: str, what: str) -> int:
+    """A layer or head as a number. Raises InputError."""
+    require(text.isdecimal(), f"{what} {text!r}: allowed are a number or all")
+    return int(text)
+
+
+def chosen_heads(model: LanguageModel, args) -> dict[int, list[int]]:
+    """The heads that --layer and --head name, by layer."""
+    layers, chosen = [default_layer(model)], {}
     if args.layer == "all":
         layers = model.recurrent_layers
-    cells = []
+    elif args.layer is not None:
+        layers = [number(args.layer, "layer")]
     for layer in layers:
-        model.check_cell(layer, 0 if args.head == "all" else args.head)
-        heads = range(model.layers[layer].mixer.heads) if args.head == "all" else [args.head]
-        cells += [(layer, head) for head in heads]
-    return cells
+        heads = [0] if args.head == "all" else [number(args.head, "head")]
+        model.check_cell(layer, heads[0])
+        every = range(model.layers[layer].mixer.heads)
+        chosen[layer] = list(every) if args.head == "all" else heads
+    return chosen
 
 
 def sae_settings(args) -> dict:
-    """The SAE's settings: the defaults of its source, and what the command line says."""
+    """The defaults of the SAE's source, and what the command line says."""
     settings = dict(source=args.source) | SAE_DEFAULTS[args.source] | dict(seed=args.seed)
     for key in settings:
         if getattr(args, key) is not None:
@@ -254,12 +262,12 @@ def sae_file(model: LanguageModel, layer: int, head: int, args) -> str:
     return os.path.join(folder, f"sae-{other}L{layer}H{head}.safetensors")
 
 
-def new_sae(model: LanguageModel, layer: int, head: int, settings: dict) -> WriteSAE:
+def new_sae(cell: Cell, settings: dict) -> WriteSAE:
     """An SAE of these settings for one cell, before training."""
-    mixer, settings = model.layers[layer].mixer, dict(settings)
-    whose = dict(architecture=model.architecture, model=os.path.basename(model.name))
-    settings |= whose | dict(layer=layer, head=head, layout="key first", cosine_min=COSINE_MIN)
-    return WriteSAE(settings.pop("atoms"), mixer.K, mixer.V, **settings).to(model.device)
+    model, mixer = cell.model, cell.model.layers[cell.layer].mixer
+    cfg = settings | dict(architecture=model.architecture, model=os.path.basename(model.name))
+    cfg |= dict(layer=cell.layer, head=cell.head, layout="key first", cosine_min=COSINE_MIN)
+    return WriteSAE(cfg.pop("atoms"), mixer.K, mixer.V, **cfg).to(model.device)
 
 
 def cell_metric(cell: Cell, corpus: Corpus, quick: bool) -> tuple[Tensor, Tensor]:
@@ -285,8 +293,7 @@ def fit(sae: WriteSAE, X: Factored, rng, quick: bool, steps: int | None, sample:
 
 
 def train_saes(cell: Cell, corpus: Corpus, heads: list[int], args) -> list[WriteSAE]:
-    """SAEs for several heads of the cell's layer, from the training text alone: one pass over it
-    collects what all of them write."""
+    """SAEs for several heads of the cell's layer, from one pass over training text."""
     began, settings, saes = time.time(), sae_settings(args), []
     if args.quick and args.atoms is None:
         settings["atoms"] = 512
@@ -296,7 +303,7 @@ def train_saes(cell: Cell, corpus: Corpus, heads: list[int], args) -> list[Write
     written = writesae.collect(cell.model, tokens, cell.layer, heads, **how)
     for head, X in zip(heads, written):
         cell = cell._replace(head=head, rng=torch.Generator().manual_seed(settings["seed"]))
-        sae = new_sae(cell.model, cell.layer, head, settings)
+        sae = new_sae(cell, settings)
         if settings["metric"] == "read":
             writesae.set_metric(sae, *cell_metric(cell, corpus, args.quick))
         fit(sae, X, cell.rng, args.quick, args.steps)
@@ -363,8 +370,8 @@ class Experiment(NamedTuple):
 
 
 class TablePrinter:
-    """An experiment's rows under its legend and headings, printed as soon as they are there;
-    columns are as wide as the first need."""
+    """Rows under their legend and headings, printed as soon as they are there; columns are as wide
+    as the first need."""
 
     def __init__(self, experiment: Experiment):
         self.experiment, self.columns, self.widths = experiment, experiment.columns, None
@@ -419,9 +426,8 @@ def about_cells(experiment: Experiment, cells: list[list[dict]]) -> str:
 
 
 def write_section(args, experiment: Experiment, cells: list[list[dict]]):
-    """Write a table into the file of --markdown, under the command: its section is replaced if
-    there is one of this title, else added at the end. The rest of the file stays. Of many cells
-    only the first row each stands there, and what holds for all of them together."""
+    """Write a table at the end of the file of --markdown, under the command, in place of its
+    earlier section. Of many cells only the first row each stands there, and the lines about all."""
     page = Path(args.markdown)
     first, *sections = (page.read_text("utf-8") if page.exists() else "").split("\n## ")
     together = about_cells(experiment, cells)
@@ -484,7 +490,8 @@ def open_cells(args, n: int):
     training, tested = choose_text(args)
     jobs, opened = [], None
     for name in args.models:
-        jobs += [(name, *cell) for cell in chosen_cells(open_model(name, args), args)]
+        for layer, heads in chosen_heads(open_model(name, args), args).items():
+            jobs += [(name, layer, head) for head in heads]
     for name, layer, head in shared_out(jobs):
         if opened != name:
             model, opened = open_model(name, args), name
@@ -501,8 +508,9 @@ def measure_cells(experiment: Experiment, args):
     for cell, corpus in open_cells(args, args.passages or experiment.passages[args.quick]):
         if experiment.needs_sae:
             cell = cell._replace(sae=find_sae(cell, corpus, args))
-        text, where = args.text or "held-out text", f"{cell.tokens.device}, seed {args.seed}"
-        say(f"{args.command} {cell_name(cell)}: {len(cell.tokens)} passages of {text}, {where}")
+        text = f"{len(cell.tokens)} passages of {args.text or 'held-out text'}"
+        text = text if args.prompt is None else "one prompt"
+        say(f"{args.command} {cell_name(cell)}: {text}, {cell.tokens.device}, seed {args.seed}")
         began, name = time.time(), dict(model=cell.model.name, layer=cell.layer, head=cell.head)
         figures, table = experiment.measure(cell, corpus, args)
         results = [name | f for f in (figures if isinstance(figures, list) else [figures])]
@@ -522,7 +530,7 @@ def saved_cells(args):
 
 
 def run_experiment(args) -> int:
-    """Any experiment: for each cell its figures; then the table, JSON, records, a picture."""
+    """Measure each cell, or read its results again, print it, then `finish`."""
     experiment = EXPERIMENTS[args.command]
     printer, shares = TablePrinter(experiment), []
     for share in saved_cells(args) if args.results else measure_cells(experiment, args):
@@ -584,10 +592,9 @@ def replace(cell: Cell, corpus: Corpus, args):
     if args.quick:
         cell = cell._replace(positions=POSITIONS[::4])
     dictionaries = {"atom": cell.sae, "untrained": null_dictionary(cell, corpus)}
-    table, cosine_min = writesae.replacement(cell, dictionaries), cell.sae.cfg["cosine_min"]
-    figures = dict(source=cell.sae.cfg["source"], scale="activation", cosine_min=cosine_min)
-    figures["sae"] = cell.sae.cfg
-    return figures | writesae.replacement_figures(table, cosine_min, cell.rng), table
+    table, cfg = writesae.replacement(cell, dictionaries), cell.sae.cfg
+    figures = dict(source=cfg["source"], scale="activation", cosine_min=cfg["cosine_min"], sae=cfg)
+    return figures | writesae.replacement_figures(table, cfg["cosine_min"], cell.rng), table
 
 
 #: The paper's rows: Qwen3.5-0.8B layers 1, 9, 17 pooled; Mamba-2-370M L24; RWKV-7-1.5B L12.
@@ -650,7 +657,7 @@ REPLACE_COLUMNS = {
 
 def draw_replace(results: list[dict], tables: list[Table]):
     """A panel per cell: the effect with the atom against the effect with nothing, a point per
-    firing, and the share below the line, which are wins; the untrained dictionary's beside it."""
+    firing (below the line: a win), of the trained and the untrained dictionary."""
     figure, (axes,) = panels(1, len(results))
     kinds = ("untrained", "untrained writes", COLOURS[1]), ("atom", "trained atoms", COLOURS[0])
     for axis, r, table in zip(axes, results, tables):
@@ -749,8 +756,9 @@ def edited_heads(cell: Cell, reach: str) -> list[tuple[int, int]]:
     if reach == "head":
         return [(cell.layer, cell.head)]
     layers = cell.model.recurrent_layers if reach == "all" else [cell.layer]
-    heads = {layer: range(cell.model.layers[layer].mixer.heads) for layer in layers}
-    return [(layer, head) for layer in layers for head in heads[layer]]
+    return [
+        (layer, head) for layer in layers for head in range(cell.model.layers[layer].mixer.heads)
+    ]
 
 
 def by_stratum(edited: Table, native: Table, random: Table) -> list[dict]:
@@ -911,13 +919,12 @@ def draw_steer(results: list[dict], tables: list[Table]):
             if r["budget"]:
                 rates = {float(budget): rate for budget, rate in r["search_rates"].items()}
                 axis.plot(rates.keys(), rates.values(), "o-", label=f"{r['key']} key")
-                axis.set(xlabel="budget of all edits, in native writes")
-                axis.set(title=f"{model}, {r['n_search']} pairs")
+                size, n = "budget of all edits, in native writes", r["n_search"]
             else:
-                axis.plot(r["size"], r["strata"][0]["persists_rate"], "o", label=r["value"])
-                axis.set(xlabel="change of all states, over their norm")
-                axis.set(title=f"{model}, {r['strata'][0]['n_pairs']} pairs")
-        axis.set(ylim=(0, 1.05))
+                first = r["strata"][0]
+                axis.plot(r["size"], first["persists_rate"], "o", label=r["value"])
+                size, n = "change of all states, over their norm", first["n_pairs"]
+        axis.set(xlabel=size, title=f"{model}, {n} pairs", ylim=(0, 1.05))
         axis.legend(fontsize=8, loc="lower right")
     axes[0].set_ylabel("targets that persist")
     return figure
@@ -969,8 +976,7 @@ ERASE_COLUMNS = {
 
 # ---- atoms: what they stand for ------------------------------------------------------------------
 def atoms(cell: Cell, corpus: Corpus, args):
-    """The most used atoms of a cell, each with its tokens and contexts, and the population's
-    figures."""
+    """The most used atoms of a cell, each `describe`d, and the population's figures."""
     cell, n = cell._replace(positions=EVERYWHERE), cell.sae.n_atoms
     there = args.atom is None or 0 <= args.atom < n
     require(there, f"--atom {args.atom}: allowed are 0 to {n - 1}")
@@ -1079,8 +1085,8 @@ ATOMS_COLUMNS = {
 
 
 def draw_atoms(results: list[dict], tables: list[Table]):
-    """How many atoms are token lookups: of the atoms with five firings or more the share with at
-    least x of their firings on one token, a line per model."""
+    """Of the atoms with five firings or more the share with at least x of their firings on one
+    token (token lookups), a line per model."""
     figure, ((axis,),) = panels(1, 1, 6.5)
     for model, table, colour in zip(dict.fromkeys(r["model"] for r in results), tables, COLOURS):
         here = writesae.fires(table["a"], table["cosine"], COSINE_MIN)
@@ -1125,7 +1131,7 @@ def compared_sae(cell: Cell, settings: dict, X: Factored, args, **how) -> Entry:
     """A dictionary of these settings, trained on X (by gradients if `how` is given), in the cell's
     metric if the settings ask for it, with the time taken."""
     began, rng = time.time(), torch.Generator().manual_seed(settings["seed"])
-    sae = new_sae(cell.model, cell.layer, cell.head, settings)
+    sae = new_sae(cell, settings)
     if settings["metric"] == "read":
         sae.to_k.copy_(cell.sae.to_k)
         sae.to_v.copy_(cell.sae.to_v)
@@ -1192,7 +1198,7 @@ def compare(cell: Cell, corpus: Corpus, args):
     """Rows of one comparison, all from the same branches of the same positions."""
     tokens = corpus.windows(60 if args.quick else 600, CONTEXT)
     (X,) = writesae.collect(cell.model, tokens, cell.layer, [cell.head], progress=progress)
-    base = new_sae(cell.model, cell.layer, cell.head, sae_settings(args) | dict(atoms=1))
+    base = new_sae(cell, sae_settings(args) | dict(atoms=1))
     writesae.set_metric(base, *cell_metric(cell, corpus, args.quick))
     cell = cell._replace(sae=base, positions=POSITIONS[:: 8 if args.quick else 2])
     entries = compare_entries(cell, corpus, X, args)
@@ -1259,8 +1265,7 @@ COMPARE_COLUMNS = {
 
 
 def draw_compare(results: list[dict], tables: list[Table]):
-    """Recovered share of all effects, and coverage, against the number of atoms (or of active
-    ones)."""
+    """Recovered share of all effects, and coverage, against the number of (active) atoms."""
     figure, (axes,) = panels(1, 2, 5)
     key, value, number = "n_atoms", "recovered_pooled_all", "atoms"
     if results[0]["what"] == "active":
@@ -1576,8 +1581,6 @@ BENCH_COLUMNS = {
     "of floor": "{of_floor:.0%}",
     "peer is       ": "{peer_name}",
 }
-
-
 BENCH = Experiment(bench_rows, BENCH_COLUMNS, list, BENCH_LEGEND)
 
 
@@ -1630,19 +1633,20 @@ def picture(args) -> int:
 
 # ---- train: SAEs of cells ------------------------------------------------------------------------
 def train(args) -> int:
-    """Train the SAEs of the chosen cells and save each; those that are there already are left, so
-    that a run that was stopped goes on where it was."""
+    """Train the SAEs of the chosen cells and save each; those that are there are left, so that a
+    stopped run goes on where it was."""
     training, _ = choose_text(args)
     jobs = []
     for name in args.models:
-        cells = chosen_cells(open_model(name, args), args)
-        for layer in sorted({layer for layer, _ in cells}):
-            jobs.append((name, layer, [head for i, head in cells if i == layer]))
+        jobs += [(name, *chosen) for chosen in chosen_heads(open_model(name, args), args).items()]
+    one = len(jobs) == 1 and len(jobs[0][2]) == 1
+    advice = "name a --model, a --layer and a --head, or a folder for all by --saes"
+    require(one or not args.sae, f"--sae {args.sae} is one file, for one SAE: {advice}")
     for name, layer, heads in shared_out(jobs):
         model = open_model(name, args)
         paths = {head: args.sae or sae_file(model, layer, head, args) for head in heads}
         missing = [head for head in heads if args.force or not os.path.exists(paths[head])]
-        for head in set(heads) - set(missing):
+        for head in sorted(set(heads) - set(missing)):
             way_out = "--force writes over it, --sae FILE names another"
             require(len(heads) > 1, f"{paths[head]} exists; {way_out}")
             say(f"{paths[head]} exists and is left as it is; --force trains it again")
@@ -1830,7 +1834,7 @@ def pretrain(args) -> int:
         if os.path.exists(os.path.join(folder, "model.safetensors")) and not args.force:
             advice = "--force writes over it, --out FOLDER names another place"
             raise InputError(f"{folder} holds a model; {advice}")
-        os.makedirs(folder, exist_ok=True)
+        models.make_folder(folder)
         pretrain_one(name, folder, args)
     return 0
 
@@ -1842,13 +1846,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Raise InputError where argparse would print its usage and exit."""
         raise InputError(f"{message}; see python {self.prog} --help")
-
-
-def number_or_all(text: str) -> int | str:
-    """A layer or head."""
-    if text != "all" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed are a number or all")
-    return text if text == "all" else int(text)
 
 
 def positive(text: str) -> int:
@@ -1878,11 +1875,8 @@ OPTIONS = {  # each option once; the commands below name those that they take
         metavar="FILE|FOLDER",
         help="train on this text, not Python's own; of a folder one file in ten is held out",
     ),
-    "layer": dict(
-        type=number_or_all,
-        help="a recurrent layer, from 0, or all (default: the second recurrent one)",
-    ),
-    "head": dict(type=number_or_all, default=0, help="a head, from 0, or all (default 0)"),
+    "layer": dict(help="a recurrent layer, from 0, or all (default: the second recurrent one)"),
+    "head": dict(default="0", help="a head, from 0, or all (default 0)"),
     "dtype": dict(
         default="fp32", choices=["fp32", "bf16"], help="of the weights; recurrence and KL are fp32"
     ),
@@ -1976,7 +1970,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
     args.models = [args.model] if args.model else list(EMBEDDED)
     outputs = ("--json", "--plot", "--records", "--markdown", "--results")
-    kept = [w for i, w in enumerate(argv) if not {w, argv[i - 1]} & set(outputs)]
+    kept = []
+    for before, word in zip(["", *argv], argv):
+        if before not in outputs and word.split("=")[0] not in outputs:
+            kept.append(word)
     args.title = f"`python run.py {' '.join(kept)}`"  # of its section in a Markdown file
     written = [args.json, args.records, args.plot, args.markdown]
     for path in filter(None, [*written, args.sae if args.command == "train" else None]):
@@ -1991,11 +1988,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         require(one, "steer takes one cell; --reach layer and --reach all edit more than one")
         if args.smallest and args.passages is None:
             args.passages = 24 if args.quick else 120
-    needs = bool(args.records or (args.plot and args.command not in ("compare", "steer")))
+    needs = args.records or (args.plot and args.command not in ("compare", "steer"))
     again = "these results hold no point per firing: measure again for --records or this --plot"
     require(not (args.results and needs), again)
     drawn = args.command not in EXPERIMENTS or EXPERIMENTS[args.command].draw
     require(drawn or not args.plot, f"{args.command} draws no picture; leave --plot out")
+    require(args.plot or args.command != "picture", "picture: give --plot FILE.png")
     return args
 
 

@@ -2003,6 +2003,7 @@ WRONG = {  # a command line (GDN: --model gdn) -> what its one line of error say
     "erase GDN --quick --plot x.png": "draws no picture",
     "atoms GDN --quick --atom 99999": "allowed are 0 to 16383",
     "train GDN": "exists; --force writes over it",
+    "train GDN --head all --sae x.safetensors": "is one file, for one SAE",
     "train GDN --active 9 --atoms 4 --quick": "9 active atoms of 4",
     "replace --results SHORT": "cannot be read.*--json of this command",
     "replace --results no-such-file": "cannot be read.*--json of this command",
@@ -2010,6 +2011,8 @@ WRONG = {  # a command line (GDN: --model gdn) -> what its one line of error say
     "replace --results HERE/figures/replace.json --plot x.png": "hold no point per firing",
     "pretrain --model gpt": "allowed are gdn",
     "pretrain GDN": "holds a model; --force",
+    "pretrain GDN --out SHORT": "no folder can be made there",
+    "picture": "--plot",
     "dance": "invalid choice",
 }
 
@@ -2409,6 +2412,8 @@ def test_the_readmes_commands_parse_and_what_they_name_exists(monkeypatch):
     modules = dict(models=models, writesae=writesae, run=run)
     for module, name in re.findall(r"`(models|writesae|run)\.(\w+)", text):
         assert name == "py" or hasattr(modules[module], name), f"{module}.{name}"
+    for file, lines in re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) \|", text, re.M):
+        assert int(lines.replace(",", "")) == len(text_of(file).splitlines()), f"lines of {file}"
     (assignments,) = re.findall(r"`python -m pytest -k (\w+)` \(or ([^)]*)\)", text)
     own = text_of("test_writesae.py")
     for word in [assignments[0], *re.findall(r"\w+(?=`)", assignments[1])]:
