@@ -16,7 +16,7 @@ is Δ x (B, C and x are projections of h). RWKV-7: the query is called r, the de
 κ̂ to erase along, at a rate a in (0, 1) per key channel; k_a is learned.
 
     role     here        shape            Gated DeltaNet    Mamba-2          RWKV-7
-    query    q           [B, T, H, K]     q/√K, unit norm   C                r
+    query    q           [B, T, H, K]     q/√K, q unit      C                r
     key      k           [B, T, H, K]     k, unit norm      B                k (1 + (a−1) k_a)
     value    v           [B, T, H, V]     β v               Δ x              v
     decay    log_decay   [B, T, H, 1|K]   log α, per head   Δ A, per head    log w, per key channel
@@ -202,9 +202,9 @@ def apply_edits(o: Tensor, state: Tensor, s: StepInputs, start: int, edits: list
 #
 #    inputs(h, cache, v_first) -> StepInputs, rest, cache    h [B, T, D]; rest: a tuple for `output`
 #    gate_and_scale(o, rest) -> gate [B, T, H, V], scale [B, T, H, 1]          o [B, T, H, V]
-#    output(o, rest) -> [B, T, D]: W_out(gate · scale · o + ...), scale a norm's 1/rms
+#    output(o, rest) -> [B, T, D]: W_out(gate · scale · o + ...), scale a norm's 1/rms or 1/std
 #
-# With the scale held fixed, the output is affine in o (RWKV-7: in o − mean o).
+# v_first: layer 0's values, for RWKV-7 alone. With the scale held fixed, the output is affine in o.
 # A cache: a dict of tensors, at first empty.
 linear = functools.partial(nn.Linear, bias=False)  # linear(n, m): x [..., n] -> W x [..., m]
 
@@ -256,7 +256,7 @@ class GatedDeltaNet(nn.Module):
     Look up what is stored under k, take a part β of it out, and put as much of v in its place.
     Multiplied out, α (I − β k kᵀ) S = α S − (α β k)(kᵀ S): erase_in is k, erase_out α β k.
 
-    q|k|v = silu(conv(W_qkv h)), each head's q and k to unit length; β = σ(W_b h); z = W_z h;
+    q|k|v = silu(conv(W_qkv h)), each head's q and k over √(Σx² + 1e-6); β = σ(W_b h); z = W_z h;
     α = exp(−e^{A_log} softplus(W_a h + dt_bias)). Value head j has key head ⌊j / (H / key heads)⌋.
     """
     def __init__(self, width, key_heads, value_heads, K, V, conv_width=4, eps=1e-6):
@@ -370,9 +370,10 @@ class RWKV7(nn.Module):
 
         S_t = (diag(w_t) − (a_t κ̂_t) κ̂_tᵀ) S_{t-1} + k_t v_tᵀ
 
-    m_c = h + (h_{t-1} − h) x_c for c in r, w, k, v, a, g, each through its own map, some of low
-    rank ("lora"): log w = −e^{−1/2} σ(lora(m_w)); a = σ(lora(m_a)); κ̂ = k · k_k to unit length per
-    head; then k ← k (1 + (a−1) k_a). From layer 1 on v moves towards layer 0's v, "v_first".
+    m_c = h + (h_{t-1} − h) x_c for c in r, w, k, v, a, g; r, k, v = W m. A "lora" is W_2 f(W_1 m) + b
+    of low rank: log w = −e^{−1/2} σ(lora(m_w)), its f tanh; a = σ(lora(m_a)); κ̂ = k · k_k to unit
+    length per head; then k ← k (1 + (a−1) k_a). From layer 1 on v ← v + (v_first − v) σ(lora(m_v)),
+    v_first the v of layer 0. The output is gated by g = lora(m_g), its f σ.
     """
     def __init__(self, width, heads, K, V, ranks: dict[str, int], first: bool, eps):
         super().__init__()
@@ -405,8 +406,8 @@ class RWKV7(nn.Module):
         v = per_head(self.v_proj(m_v), H)  # [B, T, H, V]
         if self.v_lora is not None:
             v = v + (v_first - v) * per_head(self.v_lora(m_v), H).sigmoid()
-        w = per_head(self.w_lora(h + shift * self.x_w), H)
-        log_w = -math.exp(-0.5) * w.sigmoid()
+        raw = per_head(self.w_lora(h + shift * self.x_w), H)
+        log_w = -math.exp(-0.5) * raw.sigmoid()
         a = per_head(self.a_lora(h + shift * self.x_a), H).sigmoid()
         kappa = F.normalize(k * per_head(self.k_k, H), dim=-1)
         k = k * (1 + (a - 1) * per_head(self.k_a, H))

@@ -53,7 +53,7 @@ EMBEDDED = ("gdn", "mamba2", "rwkv7")
 PASSAGE = 128  # tokens of a tested passage
 EVERYWHERE = range(32, PASSAGE - HORIZONS + 1)  # some text before, ten tokens after
 POSITIONS = EVERYWHERE[::3]  # tested in each passage
-COSINE_MIN = 0.71  # a firing explains half of the write's energy
+COSINE_MIN = 0.71  # a firing could explain half of the write's energy
 CONTEXT = 512  # tokens of a training window
 TRAINING_WINDOWS = dict(write=1500, state=800)  # of CONTEXT tokens
 METRIC_PASSAGES = 128  # for the read metric, POSITIONS[::4] of each
@@ -638,13 +638,14 @@ def replace_cells(results: list[dict]) -> str:
 REPLACE_LEGEND = """\
 Replacement: one write of one head is taken out of the state and something else put in its place.
 effect: KL(unmodified ‖ edited) of the next-token distribution, summed over the write's step and the
-ten after it.  firing: the dominant atom explains half of the write's energy or more.  n: firings.
-cover: their share of all positions.  win: share of firings where the effect is smaller than with
-nothing in the write's place [95 %, by whole files].  all: over every position, firing or not.
-recovered: 1 − Σ effect / Σ effect of nothing.  untrained writes: as many random training writes as
-atoms: what is won without learning.  random direction: a random rank-1 matrix, at the size that
-brings it nearest to the write: what is won by chance.  the paper: its own, larger models and
-definitions (RWKV-7 there with the atom brought to the write's norm)."""
+ten after it.  firing: the dominant atom, at its best size, explains half of the write's energy
+(squared norm) or more.  n: firings.  cover: their share of all positions.  win: share of firings
+where the effect is smaller than with nothing in the write's place [95 % interval, redrawing whole
+files].  all: over every position, firing or not.  recovered: 1 − Σ effect / Σ effect of nothing.
+untrained writes: as many random training writes as atoms: what is won without learning.  random
+direction: a random rank-1 matrix, at the size that brings it nearest to the write (every fourth
+position): what is won by chance.  the paper: its own definitions and larger models, whose effects
+are hundreds of times as large (RWKV-7 there with the atom brought to the write's norm)."""
 REPLACE_COLUMNS = {
     "cell               ": "{name:19}",
     "     n": "{n_firings:,}",
@@ -998,7 +999,9 @@ def atoms(cell: Cell, corpus: Corpus, args):
     quarter = cell.tokens[: len(cell.tokens) // 4 + 1]
     positions = range(EVERYWHERE.start, PASSAGE - 1)
     bits = writesae.passage_test(cell._replace(tokens=quarter, positions=positions))
-    described[0] |= dict(population=population, n_passages=len(cell.tokens))
+    null = writesae.codes(cell._replace(sae=null_dictionary(cell, corpus)))
+    untrained = writesae.population_figures(null, cell.sae.cfg["cosine_min"])
+    described[0] |= dict(population=population, n_passages=len(cell.tokens), untrained=untrained)
     described[0]["passage_test"] = {key: mean(x) for key, x in bits.items()}
     return described, table
 
@@ -1051,12 +1054,15 @@ def atoms_rows(results: list[dict]) -> list[dict]:
 
 POPULATION = """\
 {model} L{layer}H{head}: {n_firings:,} firings of {n_atoms:,} atoms in {n_passages} passages
-  atoms with five firings or more: {often_share:.0%} of all firings; of such an atom's firings
-  {token_purity:.0%} are on its most frequent token, on average
+  (in brackets the same of untrained atoms: how writes recur, not what was learned)
+  atoms with five firings or more: {often_share:.0%} ({untrained[often_share]:.0%}) of all firings;
+  of such an atom's firings {token_purity:.0%} ({untrained[token_purity]:.0%}) are on its most \
+frequent token, on average
   mean cosines with the writes they dominate (atoms with five or more), as two Gaussians:
   {groups[n][0]} atoms at {groups[mean][0]:.2f} ± {groups[deviation][0]:.2f}, {groups[n][1]} at \
 {groups[mean][1]:.2f} ± {groups[deviation][1]:.2f};
-  ΔBIC {groups[delta_bic]:+.0f} (below 0: they fit better than one, their parameters counted)
+  ΔBIC {groups[delta_bic]:+.0f} ({untrained[groups][delta_bic]:+.0f}; below 0: they fit better \
+than one, as they do any skewed distribution)
   bits per token with all firings of a passage ({firings:.0f}) as they are {bits_native:.3f}, \
 replaced by
   their atoms {bits_atom:.3f}, deleted {bits_delete:.3f}, replaced by random writes \

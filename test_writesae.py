@@ -1236,6 +1236,8 @@ def test_kl_divergence_by_hand_and_of_tiny_effects():
     sound = (kl >= 0).all() and kl.isfinite().all()
     assert sound, "e^d overflows where p is nothing beside q"
     assert writesae.kl_divergence(wide, wide).tolist() == [0, 0]
+    far = torch.tensor([[0.0, -100], [0, 0]]).log_softmax(-1)  # d > 60: the term is q − p (1 + d)
+    assert writesae.kl_divergence(far[0], far[1]).item() == pytest.approx(math.log(2))
     p, q = torch.randn(2, 3, 100, 7, generator=rng(2)).log_softmax(-1)  # more rows than a block
     assert_close(writesae.kl_divergence(p, q), (p.exp() * (p - q)).sum(-1))
 
@@ -1926,6 +1928,9 @@ def test_a_planted_mixture_is_recovered_and_one_gaussian_is_not_split(seed):
     assert abs(both["n"][0] - 300) < 10
     assert both["delta_bic"] < -100
     assert writesae.two_gaussians(near)["delta_bic"] > -15
+    np_rng = np.random.default_rng(seed)
+    one_peak = torch.tensor(np_rng.beta(5, 2, 4000))
+    assert writesae.two_gaussians(one_peak)["delta_bic"] < 0, "skew alone is no second group"
 
 
 def test_a_passage_with_its_atoms_in_place_is_a_full_forward_pass_with_edits():
@@ -2336,7 +2341,8 @@ SAID = {  # figures of README.md: a JSON, which of its rows -> what of each, one
     "compare-active, name=32": "{whole_recovered_all:.3f}",
     "compare-active, name=32 untrained": "{whole_recovered_all:.3f}",
     "atoms, n_passages=400": """{population[often_share]:.0%} | {population[token_purity]:.0%} |
-        {population[groups][delta_bic]:+.0f}""",
+        {population[groups][delta_bic]:+.0f} | {untrained[often_share]:.0%} |
+        {untrained[token_purity]:.0%} | {untrained[groups][delta_bic]:+.0f}""",
     "formula": """{rungs[1][r2]:.2f} | {rungs[6][r2]:.3f} | {rungs[0][sign_agreement]:.0%} |
         {rungs[3][sign_agreement]:.0%}""",
     "steer-smallest, key=read": """{magnitude:g} | {strata[0][persists_rate]:.0%} |

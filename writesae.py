@@ -14,11 +14,11 @@ it can take a write's place in the model's memory:
 
 Words used throughout:
     write      k vᵀ, what one head adds to its state at one token
-    atom       one matrix A_i of the dictionary, of unit norm
+    atom       one matrix A_i of the dictionary, of unit norm in the SAE's coordinates (section 2)
     a          an atom's coefficient; the *dominant* atom of a write is the one with the largest.
                (A_i is an atom; A_t, with a time, is the transition of models.py.)
-    firing     the dominant atom stands for the write: cosine(a A, k vᵀ) ≥ 0.71, so that it explains
-               half of the write's energy or more
+    firing     the dominant atom stands for the write: cosine(a A, k vᵀ) ≥ 0.71, so that at its best
+               size it explains half of the write's energy ‖k vᵀ‖² or more
     coverage   the share of positions with a firing
     native     as the unmodified model has it
     effect     KL(native ‖ edited) of the next-token distribution, summed over the write's step and
@@ -180,7 +180,7 @@ class WriteSAE(nn.Module):
 
         a_i = topk(relu ⟨E_i, X⟩)        X̂ = Σ_i a_i A_i        ‖A_i‖ = 1
 
-        encoder    E_i    tied: A_i itself, so that a_i is the atom's least-squares coefficient
+        encoder    E_i    tied: A_i itself: a_i is the least-squares coefficient of that atom alone
                           bilinear: e_i f_iᵀ, so a_i = e_iᵀ X f_i        dense: any matrix
         decoder    A_i    rank1: key_i value_iᵀ    flat: any matrix
         sparsity          topk: the `active` largest of each input
@@ -192,9 +192,10 @@ class WriteSAE(nn.Module):
     But `centred`: the training inputs' mean is taken off before coding, and `decode` does not add
     it back. `scale="least-squares"` in cfg: see `Point.stand_in`.
 
-    Coordinates. Distances may be stretched along what later predictions heed (`read_metric`): `see`
-    turns keys by to_k and values by to_v, and all coding and training happens there. `encode` takes
-    and `decode` gives matrices in the model's own coordinates; a firing's cosine is measured there.
+    Coordinates. The SAE works on X' = to_kᵀ X to_v (`see`): norms, products, coding and training are
+    meant there. Both are the identity, unless `set_metric` stretches directions that later
+    predictions heed (`read_metric`). `encode` takes and `decode` gives matrices in the model's own
+    coordinates; a firing's cosine is measured there.
 
     cfg travels with the weights: the settings, source (what is coded: "write" or "state"), the
     least cosine of a firing, what the caller adds. Raises InputError for settings that cannot be.
@@ -252,7 +253,8 @@ class WriteSAE(nn.Module):
     def encode(self, X: Factored) -> tuple[Tensor, Tensor]:
         """The active atoms of each X [N, r, ·], largest coefficient first: index, a [N, active].
 
-        a ≥ 0; 0 where an atom is not active. The first is the *dominant* atom.
+        a ≥ 0; 0 where an atom is not active. The first is the *dominant* atom. (Of a pursuit in the
+        order of choice.)
         """
         X = self.see(X)
         if self.sparsity == "topk":
@@ -317,7 +319,7 @@ class WriteSAE(nn.Module):
             tensors = {name: f.get_tensor(name).float() for name in f.keys()}
             with torch.device("meta"):  # no memory before the shapes are known to fit
                 sae = cls(**json.loads(f.metadata()["cfg"]))
-            if sae.readers is sae.atoms:
+            if sae.readers is sae.atoms:  # one bank under two names, and both are asked for
                 sides = ("keys", "values")
                 tensors |= {"readers." + side: tensors["atoms." + side] for side in sides}
             sae.load_state_dict(tensors, assign=True)
@@ -359,8 +361,9 @@ def untrained(
 @torch.no_grad()
 def set_metric(sae: WriteSAE, M_k: Tensor, M_v: Tensor):
     """From now on sae measures ⟨X, Y⟩ = tr(M_k X M_v Yᵀ); M_k [K, K], M_v [V, V] symmetric positive
-    definite. With M = L Lᵀ that is the Frobenius product of L_kᵀ X L_v and L_kᵀ Y L_v: only `see`,
-    which turns keys by L_k and values by L_v, and `decode` know of a metric."""
+    definite. Before training: atoms that are there would change their meaning. With M = L Lᵀ that
+    is the Frobenius product of L_kᵀ X L_v and L_kᵀ Y L_v: only `see`, which turns keys by L_k and
+    values by L_v, and `decode` know of a metric."""
     sae.to_k.copy_(torch.linalg.cholesky(M_k))
     sae.to_v.copy_(torch.linalg.cholesky(M_v))
 
@@ -383,7 +386,7 @@ def fit_alternating(
         1. gives each to the atom with the largest a = (key · x)(value · y);
         2. turns the atom's key to Σ a (value · y) x over its writes, then its value to
            Σ a (key · x) y: one round of power iteration, each side in closed form;
-        3. restarts atoms without a write at the writes that are coded worst.
+        3. restarts atoms that had no write for a few steps at the writes that are coded worst.
     Sums keep `memory` of what they held, so that an atom rests on more than one step's writes. The
     family: gain-shape vector quantisation, sum-of-outer-products dictionary learning.
 
@@ -483,7 +486,7 @@ class Point(NamedTuple):
 
     def write(self) -> Factored:
         """What the head writes at t: k vᵀ of every passage."""
-        return Factored(self.s.k[:, 0], self.s.v[:, 0])
+        return write_of(self.s.k[:, 0, 0], self.s.v[:, 0, 0])
 
     def state(self) -> Factored:
         """The head's state after t, of every passage."""
@@ -587,13 +590,17 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
     Σ p (e^d − 1 − d) with d = log q − log p. The added Σ p (e^d − 1) = Σ q − Σ p is zero, but now
     every term is ≥ 0 and of second order in d, so that an effect of 1e-9 nats is still read in
-    fp32, where Σ p (log p − log q) ends at 1e-7. (Beyond d = 60 p is nothing beside q; cut there,
-    so that no e^d overflows.) A block of rows at a time stays in the processor's cache.
+    fp32, where Σ p (log p − log q) ends at 1e-7. (Beyond d = 60, where e^d would overflow, a term is
+    q − p (1 + d).) A block of rows at a time stays in the processor's cache.
     """
     kl, vocab = [], log_p.shape[-1]
     for p, q in zip(log_p.reshape(-1, vocab).split(128), log_q.reshape(-1, vocab).split(128)):
-        d = (q - p).clamp(max=60)
-        kl.append((p.exp() * (d.expm1() - d)).sum(-1))
+        d = q - p
+        terms = p.exp() * (d.clamp(max=60).expm1() - d)
+        far = d > 60
+        if far.any():
+            terms = torch.where(far, q.exp() - p.exp() * (1 + d), terms)
+        kl.append(terms.sum(-1))
     return torch.cat(kl).view(log_p.shape[:-1])
 
 
@@ -635,8 +642,9 @@ def read_metric(cell: Cell, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
 
     F is the Fisher information; tokens are drawn from the model's own predictions (drawn
     independently at each step, so that products between steps vanish). It is approximated by a
-    Kronecker product of its two sides, M_k ∝ E[G Gᵀ] and M_v ∝ E[Gᵀ G] (Shampoo's form), each
-    scaled to mean eigenvalue 1 and mixed with `ridge` of the identity: what `set_metric` takes.
+    Kronecker product of its two sides, M_k ∝ E[G Gᵀ] and M_v ∝ E[Gᵀ G] (Shampoo's, without its
+    square roots), each scaled to mean eigenvalue 1, and `ridge` of the identity added: what
+    `set_metric` takes.
 
     One backward pass gives G: the gradient at a change δS = 0, as factors, whose values are its
     rows. Returns [K, K] and [V, V], symmetric positive definite.
@@ -886,7 +894,7 @@ def untrained_figures(table: Table, cosine_min: float, generator: torch.Generato
 
 
 # ==== The main job ends here. Each section below is an experiment of its own on this engine ====
-# ---- 6. Training by gradients: for every setting and for states, as in the paper -----------------
+# ---- 6. Training by gradients: for every setting and for states ----------------------------------
 def fit_gradient(
     sae: WriteSAE,
     X: Factored,
@@ -902,9 +910,10 @@ def fit_gradient(
     """Adam on the reconstruction error ‖X − X̂‖² of unit inputs, for every setting and source.
 
     An atom is dead once `dead_after` samples passed without it. The k_aux best of the dead explain
-    what is left, as in arXiv 2406.04093 (residual detached, weight 1/32), and every
-    `resample_every` steps but the last the dead restart at the inputs coded worst. No gradient goes
-    through the choice of atoms: all scores are computed without, those of the chosen once more.
+    what is left, after arXiv 2406.04093 (residual detached, weight 1/32; there scored by the input,
+    here by the residual), and every `resample_every` steps but the last the dead restart at the
+    inputs coded worst. No gradient goes through the choice of atoms: all scores are computed
+    without, those of the chosen once more.
 
     X: N matrices in the model's coordinates. Trains sae in place; returns the unexplained share of
     energy of every step.
@@ -1363,9 +1372,9 @@ def score(
     logit     of the target for the first new token
     log_p     its log-probability there
     memory    log Σ_{i=2..20} p(unedited tokens 2 .. i−1, then the target): the log-probability that
-              the target is what the edited model leaves the unedited continuation for, whose
-              first token is forced. (Without the tokens on the way the target is often made
-              probable at a step that is never reached.)
+              the edited model, its first token forced, follows the unedited continuation and
+              leaves it for the target (a sum only, where that says the target itself). Without
+              the tokens on the way the target is often made probable at a step never reached.
     """
     said = prompts.said if what == "memory" else prompts.said[:, :1]
     logits, _ = prompts.read(keys, values, said[:, :-1])  # [N, m, vocab], m = 20 or 1
