@@ -370,7 +370,7 @@ class RWKV7(nn.Module):
 
         S_t = (diag(w_t) − (a_t κ̂_t) κ̂_tᵀ) S_{t-1} + k_t v_tᵀ
 
-    m_c = h + (h_{t-1} − h) x_c for c in r, w, k, v, a, g; r, k, v = W m. A "lora" is W_2 f(W_1 m) + b
+    m_c = h + (h_{t-1} − h) x_c for c in r, w, k, v, a, g; r, k, v = W m. A lora is W_2 f(W_1 m) + b
     of low rank: log w = −e^{−1/2} σ(lora(m_w)), its f tanh; a = σ(lora(m_a)); κ̂ = k · k_k to unit
     length per head; then k ← k (1 + (a−1) k_a). From layer 1 on v ← v + (v_first − v) σ(lora(m_v)),
     v_first the v of layer 0. The output is gated by g = lora(m_g), its f σ.

@@ -713,7 +713,8 @@ Logit-change formula: what predicts how an edit of one head's state moves the lo
 tokens, at the write's step and the ten after it. Each rung adds one factor to the one above.
 swap: the atom in the write's place.  delete: the write taken out.  small: the atom added, norm
 0.1. R²: about the line y = ŷ, nothing fitted but in "fitted" (0: no better than the mean).
-slope: 1 if sizes are right.  sign: share of right signs.  order: to which the rung is exact."""
+slope: 1 if sizes are right.  sign: share of right signs.  order: to which the rung is exact.
+the paper: median per atom, one scalar fitted per passage, atom and token (gdn), none (mamba2)."""
 FORMULA_COLUMNS = {
     "rung                            ": "{name}",
     "order": "{order}",

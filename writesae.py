@@ -192,8 +192,8 @@ class WriteSAE(nn.Module):
     But `centred`: the training inputs' mean is taken off before coding, and `decode` does not add
     it back. `scale="least-squares"` in cfg: see `Point.stand_in`.
 
-    Coordinates. The SAE works on X' = to_kᵀ X to_v (`see`): norms, products, coding and training are
-    meant there. Both are the identity, unless `set_metric` stretches directions that later
+    Coordinates. The SAE works on X' = to_kᵀ X to_v (`see`): norms, products, coding and training
+    are meant there. Both are the identity, unless `set_metric` stretches directions that later
     predictions heed (`read_metric`). `encode` takes and `decode` gives matrices in the model's own
     coordinates; a firing's cosine is measured there.
 
@@ -454,8 +454,8 @@ class Cell(NamedTuple):
 def moved_reads(change: Factored, s: StepInputs) -> Tensor:
     """How a change of a head's state moves its reads: δo_t = Σ_r (u_t · q_t) value_r, with u as in
     models.propagate from key_r on. change [N, r, ·], s [N, T, 1, ·] -> [N, T, V]"""
-    each = torch.zeros(change.keys.shape[1], dtype=torch.long, device=s.q.device)
-    gain, _ = propagate(change.keys, s.heads(each))  # [N, T, r]: the head once for every factor
+    each = [0] * change.keys.shape[1]  # the head once for every factor: each is an edit of its own
+    gain, _ = propagate(change.keys, s.heads(each))  # [N, T, r]
     return (gain.unsqueeze(-1) * change.values.unsqueeze(1)).sum(2)
 
 
@@ -548,7 +548,7 @@ def points(cell: Cell, branches: int = 1):
     require(
         fit,
         f"positions {list(positions[:1])}..{list(positions[-1:])} do not fit passages of "
-        f"{tokens.shape[1]} tokens: the last needs {HORIZONS - 1} after it",
+        f"{tokens.shape[1]} tokens: they start at 1 or later, {HORIZONS - 1} come after the last",
     )
     size = max(1, BATCH_BYTES // (4 * branches * HORIZONS * model.vocab))
     batches = torch.arange(len(tokens), device=tokens.device).split(size)
@@ -590,8 +590,8 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
     Σ p (e^d − 1 − d) with d = log q − log p. The added Σ p (e^d − 1) = Σ q − Σ p is zero, but now
     every term is ≥ 0 and of second order in d, so that an effect of 1e-9 nats is still read in
-    fp32, where Σ p (log p − log q) ends at 1e-7. (Beyond d = 60, where e^d would overflow, a term is
-    q − p (1 + d).) A block of rows at a time stays in the processor's cache.
+    fp32, where Σ p (log p − log q) ends at 1e-7. (Beyond d = 60, where e^d would overflow, a term
+    is q − p (1 + d).) A block of rows at a time stays in the processor's cache.
     """
     kl, vocab = [], log_p.shape[-1]
     for p, q in zip(log_p.reshape(-1, vocab).split(128), log_q.reshape(-1, vocab).split(128)):
@@ -731,8 +731,8 @@ def controls(
     first: tuple[str, WriteSAE],
     part: Table,
 ) -> dict[str, Factored]:
-    """`random`, `projected` and `native` of `replacement` at one point, drawn for all n passages of
-    the text, whatever the size of a batch."""
+    """`random`, `projected` (in tables "random direction") and `native` of `replacement` at one
+    point, drawn for all n passages of the text, whatever the size of a batch."""
     name, sae = first
     X, n = p.write(), len(cell.tokens)
     draws = torch.Generator().manual_seed(cell.rng.initial_seed() + p.t)
