@@ -948,10 +948,13 @@ def erase(cell: Cell, corpus: Corpus, args):
 
 
 def erase_rows(results: list[dict]) -> list[dict]:
-    """A row for all firings, then one per atom."""
+    """A row for all firings, then one per atom, with an interval from ten files on."""
     (r,) = results
     rows = [r | dict(what=cell_title(r))]
-    return rows + [a | dict(what=f"  {a['atom']:5} {a['text'][:14]!r}") for a in r["atoms"]]
+    for a in r["atoms"]:
+        interval = a["effect_ci95"] if a["n_files"] >= 10 else None
+        rows.append(a | dict(what=f"  {a['atom']:5} {a['text'][:14]!r}", effect_ci95=interval))
+    return rows
 
 
 ERASE_LEGEND = """\
@@ -960,7 +963,7 @@ it promotes, mean over the write's step and the ten after it, in nats, median of
 and tokens were chosen in other files: those that fire in most, tokens by the formula ("gated")
 alone. random, other: a random direction, another atom, of the same norm taken out there.
 elsewhere: the atom, where it does not fire.  effect: mean of atom minus random, paired [95 %,
-by whole files]. The paper: one atom, 150 firings, median -0.116 nats."""
+redrawing whole files, ten or more]. The paper: one atom, 150 firings, median -0.116 nats."""
 ERASE_COLUMNS = {
     "atom, token              ": "{what}",
     "n": "{n_firings}",
