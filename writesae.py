@@ -25,7 +25,7 @@ Words used throughout:
                the ten after it, in nats
 
 Order of this file: matrices as factors - the SAE - its null and its training - the engine: branches
-of a run - the replacement test; then, experiments of their own: training by gradients - firings -
+of a run - the replacement test; then, experiments of their own: more training - firings -
 the logit-change formula - steering - erasing - a population of atoms.
 
 Reference: WriteSAE, arXiv 2605.12770 ("the paper"). States and writes are key first, [K, V].
@@ -633,50 +633,6 @@ def collect(
     return [Factored(keys[:, i], values[:, i]) for i in range(len(heads))]
 
 
-def read_metric(cell: Cell, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
-    """How much the next eleven predictions heed each direction of a head's state: M_k, M_v.
-
-    To second order the effect of a small change δS of the state is a quadratic form in it,
-
-        effect = ½ ⟨δS, F δS⟩,   F = E[vec(G) vec(G)ᵀ],   G = ∂/∂S_t Σ_h log p(drawn token at t+h)
-
-    F is the Fisher information; tokens are drawn from the model's own predictions (drawn
-    independently at each step, so that products between steps vanish). It is approximated by a
-    Kronecker product of its two sides, M_k ∝ E[G Gᵀ] and M_v ∝ E[Gᵀ G] (Shampoo's, without its
-    square roots), each scaled to mean eigenvalue 1, and `ridge` of the identity added: what
-    `set_metric` takes.
-
-    One backward pass gives G: the gradient at a change δS = 0, as factors, whose values are its
-    rows. Returns [K, K] and [V, V], symmetric positive definite.
-    """
-    mixer, device = cell.model.layers[cell.layer].mixer, cell.tokens.device
-    K, V = mixer.K, mixer.V
-    M_k = torch.zeros(K, K, device=device)
-    M_v = torch.zeros(V, V, device=device)
-    for p in points(cell, branches=K):
-        rows = torch.zeros(len(p.passage), K, V, device=device, requires_grad=True)
-        with torch.enable_grad():
-            logp = p.branch(matrix_of(rows))  # [P, 11, vocab]
-            chances = logp.detach().exp().flatten(0, 1).cpu()
-            drawn = torch.multinomial(chances, 1, generator=cell.rng)
-            drawn = drawn.to(device).view(-1, HORIZONS)
-            (G,) = torch.autograd.grad(at_token(logp, drawn).sum(), rows)  # [P, K, V]
-        M_k += torch.einsum("pkv,plv->kl", G, G)
-        M_v += torch.einsum("pkv,pkw->vw", G, G)
-
-    require(
-        bool(M_k.any()),
-        f"no prediction heeds the state of layer {cell.layer}, head {cell.head}: is the "
-        "model trained?",
-    )
-
-    def mixed(M: Tensor) -> Tensor:
-        scaled = M / M.diagonal().mean()
-        return scaled + ridge * torch.eye(len(M), device=device)
-
-    return mixed(M_k), mixed(M_v)
-
-
 # ---- 5. The replacement test ---------------------------------------------------------------------
 CONTROLS_EVERY = 4  # random, projected and native: at every fourth position only
 
@@ -894,7 +850,51 @@ def untrained_figures(table: Table, cosine_min: float, generator: torch.Generato
 
 
 # ==== The main job ends here. Each section below is an experiment of its own on this engine ====
-# ---- 6. Training by gradients: for every setting and for states ----------------------------------
+# ---- 6. More training: what near means, and gradients for every setting and for states -----------
+def read_metric(cell: Cell, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
+    """How much the next eleven predictions heed each direction of a head's state: M_k, M_v.
+
+    To second order the effect of a small change δS of the state is a quadratic form in it,
+
+        effect = ½ ⟨δS, F δS⟩,   F = E[vec(G) vec(G)ᵀ],   G = ∂/∂S_t Σ_h log p(drawn token at t+h)
+
+    F is the Fisher information; tokens are drawn from the model's own predictions (drawn
+    independently at each step, so that products between steps vanish). It is approximated by a
+    Kronecker product of its two sides, M_k ∝ E[G Gᵀ] and M_v ∝ E[Gᵀ G] (Shampoo's, without its
+    square roots), each scaled to mean eigenvalue 1, and `ridge` of the identity added: what
+    `set_metric` takes.
+
+    One backward pass gives G: the gradient at a change δS = 0, as factors, whose values are its
+    rows. Returns [K, K] and [V, V], symmetric positive definite.
+    """
+    mixer, device = cell.model.layers[cell.layer].mixer, cell.tokens.device
+    K, V = mixer.K, mixer.V
+    M_k = torch.zeros(K, K, device=device)
+    M_v = torch.zeros(V, V, device=device)
+    for p in points(cell, branches=K):
+        rows = torch.zeros(len(p.passage), K, V, device=device, requires_grad=True)
+        with torch.enable_grad():
+            logp = p.branch(matrix_of(rows))  # [P, 11, vocab]
+            chances = logp.detach().exp().flatten(0, 1).cpu()
+            drawn = torch.multinomial(chances, 1, generator=cell.rng)
+            drawn = drawn.to(device).view(-1, HORIZONS)
+            (G,) = torch.autograd.grad(at_token(logp, drawn).sum(), rows)  # [P, K, V]
+        M_k += torch.einsum("pkv,plv->kl", G, G)
+        M_v += torch.einsum("pkv,pkw->vw", G, G)
+
+    require(
+        bool(M_k.any()),
+        f"no prediction heeds the state of layer {cell.layer}, head {cell.head}: is the "
+        "model trained?",
+    )
+
+    def mixed(M: Tensor) -> Tensor:
+        scaled = M / M.diagonal().mean()
+        return scaled + ridge * torch.eye(len(M), device=device)
+
+    return mixed(M_k), mixed(M_v)
+
+
 def fit_gradient(
     sae: WriteSAE,
     X: Factored,
