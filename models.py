@@ -701,8 +701,7 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | 
         if N * C > T:
             x = F.pad(x, (0, 0, 0, 0, 0, N * C - T))
         x = x.view(B, N, C, H, -1).permute(1, 0, 3, 2, 4)
-        x = x.reshape(N, B * H, C, -1)
-        return x.contiguous()  # one copy, or each product makes its own
+        return x.reshape(N, B * H, C, -1).contiguous()  # one copy, or each product makes its own
 
     q, k = split(s.q), split(s.k)
     v, log_decay = split(s.v), split(s.log_decay)
