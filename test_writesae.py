@@ -2338,19 +2338,23 @@ SAID = {  # figures of README.md: a JSON, which of its rows -> what of each, one
     "compare-sizes, name=2048 untrained": "{coverage:.0%}",
     "compare-sizes, name=16384": "{coverage:.0%}",
     "compare-sizes, name=16384 untrained": "{coverage:.0%}",
+    "compare-variants, name=BilinearSAE": "{win_rate_all:.1%}",
+    "compare-variants, name=FlatSAE": "{win_rate_all:.1%}",
+    "compare-variants, name=untrained": "{win_rate_all:.1%}",
     "compare-active, name=32": "{whole_recovered_all:.3f}",
     "compare-active, name=32 untrained": "{whole_recovered_all:.3f}",
     "atoms, n_passages=400": """{population[often_share]:.0%} | {population[token_purity]:.0%} |
         {population[groups][delta_bic]:+.0f} | {untrained[often_share]:.0%} |
         {untrained[token_purity]:.0%} | {untrained[groups][delta_bic]:+.0f}""",
     "formula": """{rungs[1][r2]:.2f} | {rungs[6][r2]:.3f} | {rungs[0][sign_agreement]:.0%} |
-        {rungs[3][sign_agreement]:.0%}""",
+        {rungs[3][sign_agreement]:.0%} | {rungs[6][r2_delete]:.2f}""",
     "steer-smallest, key=read": """{magnitude:g} | {strata[0][persists_rate]:.0%} |
         {strata[1][persists_rate]:.0%} | {strata[0][random_persists_rate]:.0%} |
         {strata[0][edited_perplexity]:.0f} | {strata[0][edited_rate]:.0%} |
-        {strata[1][edited_rate]:.0%}""",
+        {strata[1][edited_rate]:.0%} | {size:.0%}""",
     "steer-head": "{strata[0][edited_rate]:.0%} | {strata[0][native_rate]:.0%}",
-    "steer, value=ascent": "{strata[0][edited_rate]:.0%} | {strata[0][persists_rate]:.0%}",
+    "steer, value=ascent": """{strata[0][edited_rate]:.0%} | {strata[0][persists_rate]:.0%} |
+        {strata[1][persists_rate]:.0%} | {size:.0%} | {strata[0][edited_perplexity]:.0f}""",
     "steer, value=formula": "{sign_rate:.0%}",
     "steer, value=gated": "{sign_rate:.0%}",
     "erase": """{firing_median:.3f} | {random_median:.4f} | {elsewhere_median:.3f} |

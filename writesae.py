@@ -25,8 +25,8 @@ Words used throughout:
                the ten after it, in nats
 
 Order of this file: matrices as factors - the SAE - its null and its training - the engine: branches
-of a run - the replacement test; then, experiments of their own: more training - firings -
-the logit-change formula - steering - erasing - a population of atoms.
+of a run - the replacement test; then, experiments of their own: more training - firings - the
+logit-change formula - steering - erasing - a population of atoms.
 
 Reference: WriteSAE, arXiv 2605.12770 ("the paper"). States and writes are key first, [K, V].
 """
@@ -363,7 +363,7 @@ def set_metric(sae: WriteSAE, M_k: Tensor, M_v: Tensor):
     """From now on sae measures ⟨X, Y⟩ = tr(M_k X M_v Yᵀ); M_k [K, K], M_v [V, V] symmetric positive
     definite. Before training: atoms that are there would change their meaning. With M = L Lᵀ that
     is the Frobenius product of L_kᵀ X L_v and L_kᵀ Y L_v: only `see`, which turns keys by L_k and
-    values by L_v, and `decode` know of a metric."""
+    values by L_v, `decode` and the mean of a centred SAE know of a metric."""
     sae.to_k.copy_(torch.linalg.cholesky(M_k))
     sae.to_v.copy_(torch.linalg.cholesky(M_v))
 
@@ -594,12 +594,13 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     is q − p (1 + d).) A block of rows at a time stays in the processor's cache.
     """
     kl, vocab = [], log_p.shape[-1]
-    for p, q in zip(log_p.reshape(-1, vocab).split(128), log_q.reshape(-1, vocab).split(128)):
-        d = q - p
-        terms = p.exp() * (d.clamp(max=60).expm1() - d)
+    blocks = zip(log_p.reshape(-1, vocab).split(128), log_q.reshape(-1, vocab).split(128))
+    for log_p_block, log_q_block in blocks:
+        p, d = log_p_block.exp(), log_q_block - log_p_block
+        terms = p * (d.clamp(max=60).expm1() - d)
         far = d > 60
         if far.any():
-            terms = torch.where(far, q.exp() - p.exp() * (1 + d), terms)
+            terms = torch.where(far, log_q_block.exp() - p * (1 + d), terms)
         kl.append(terms.sum(-1))
     return torch.cat(kl).view(log_p.shape[:-1])
 
