@@ -9,25 +9,23 @@ Each head of these models keeps a matrix, its *state* S, and updates it once per
 S is a memory. A token *writes* its value v under its key k, and *reads* what is stored under its
 query q. So that S does not fill up, all of it *decays* a little with each token. And before a key
 is written anew, what is stored under it is looked up (erase_inᵀ S) and a part of that taken out
-(along erase_out): the *erase*, or delta rule. The models differ in how they make the six tensors
-from their input h. Gated DeltaNet: α (how much is kept) and β (how much is written anew), both in
-(0, 1). Mamba-2: a step size Δ > 0, a decay rate A < 0; its key is called B, its query C, its value
-is Δ x (B, C and x are projections of h). RWKV-7: the query is called r, the decay w; a unit vector
-κ̂ to erase along, at a rate a in (0, 1) per key channel; k_a is learned.
+(along erase_out): the *erase*, or delta rule. The models differ in how they make the six tensors:
 
-    role     here        shape            Gated DeltaNet    Mamba-2          RWKV-7
-    query    q           [B, T, H, K]     q/√K, q unit      C                r
-    key      k           [B, T, H, K]     k, unit norm      B                k (1 + (a−1) k_a)
-    value    v           [B, T, H, V]     β v               Δ x              v
-    decay    log_decay   [B, T, H, 1|K]   log α, per head   Δ A, per head    log w, per key channel
-    erase    erase_in    [B, T, H, K]     k                 -                κ̂  (unit norm)
-             erase_out   [B, T, H, K]     α β k             -                a κ̂
+    here       shape           Gated DeltaNet  Mamba-2  RWKV-7            Kimi Delta  DeltaNet-2
+    q          [B, T, H, K]    q/√K            C        r                 q/√K        q/√K
+    k          [B, T, H, K]    k               B        k (1 + (a−1) k_a) k           k
+    v          [B, T, H, V]    β v             Δ x      v                 β v         w v
+    log_decay  [B, T, H, 1|K]  log α           Δ A      log w, per key    log α, per key channel
+    erase_in   [B, T, H, K]    k               -        κ̂                 α k         α b k
+    erase_out  [B, T, H, K]    α β k           -        a κ̂               β k         k
+
+Letters are each paper's own (Mamba-2's A < 0 is a rate, no A_t). The DeltaNets' q, k and RWKV-7's
+κ̂ ∝ k k_k have length 1; α, β, a, b, w are in (0, 1), Δ > 0 is a step size. Kimi Delta Attention
+(arXiv 2510.26692) and Gated DeltaNet-2 (2605.22791) fit with no change to the code below.
 
 The state is key first everywhere: [K, V], K = key size, V = value size. B batch, T time, H heads, D
 width of the residual stream; layers and heads count from 0. The recurrence runs in fp32 whatever
-the weights' dtype. Tests hold the logits to 2e-4 of the official code's (transformers; rwkv).
-(`check_...` and `whole_ratio` say what is wrong with an input; skip them, they stand in section 7.)
-Papers: Gated DeltaNet arXiv 2412.06464; Mamba-2 arXiv 2405.21060; RWKV-7 arXiv 2503.14456.
+the weights' dtype. (`check_...` and `whole_ratio`, in section 7, say what is wrong with an input.)
 """
 
 from __future__ import annotations
@@ -51,7 +49,8 @@ from torch import Tensor
 class InputError(ValueError):
     """Something the user can mend: one line that says what was got, what is allowed, what to do."""
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        printable = "".join(c if c.isprintable() else " " for c in message)  # no control characters
+        super().__init__(" ".join(printable.split()))
 
 
 def require(condition: bool, message: str):
@@ -61,13 +60,14 @@ def require(condition: bool, message: str):
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """Half precision is widened, fp32 and fp64 stay."""
+    """Widen half precision; fp32 and fp64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---- 1. The recurrence ----
+# New here: a head's memory, token by token, and how a change of it is carried on.
 class StepInputs(NamedTuple):
-    """The six tensors that drive a recurrent layer (the table above). No erase: both are None."""
+    """Hold the six tensors that drive a recurrent layer (the table above). No erase: two None."""
     q: Tensor  # [B, T, H, K]
     k: Tensor  # [B, T, H, K]
     v: Tensor  # [B, T, H, V]
@@ -76,38 +76,38 @@ class StepInputs(NamedTuple):
     erase_out: Tensor | None = None  # [B, T, H, K] and taken out along this
 
     def times(self, start: int, stop: int | None = None) -> StepInputs:
-        """The tokens start ≤ t < stop."""
+        """Take the tokens start ≤ t < stop."""
         return self._make(None if x is None else x[:, start:stop] for x in self)
 
     def heads(self, which: list[int] | Tensor) -> StepInputs:
-        """Some heads, repeats allowed; the axis stays."""
+        """Take some heads, repeats allowed; the axis stays."""
         return self._make(None if x is None else x[:, :, which] for x in self)
 
     def rows(self, index: Tensor) -> StepInputs:
-        """Some batch rows, repeats allowed."""
+        """Take some batch rows, repeats allowed."""
         return self._make(None if x is None else x[index] for x in self)
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ: [..., K], [..., V] -> [..., K, V]"""
+    """Form a bᵀ: [..., K], [..., V] -> [..., K, V]."""
     return a.unsqueeze(-1) * b.unsqueeze(-2)
 
 
 def read(S: Tensor, q: Tensor) -> Tensor:
-    """Sᵀq: [..., K, V], [..., K] -> [..., V]"""
+    """Form Sᵀq: [..., K, V], [..., K] -> [..., V]."""
     return (S * q.unsqueeze(-1)).sum(-2)
 
 
 def recurrence(s: StepInputs, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The definition, one token after the other:
+    """Run the definition, one token after the other:
 
         S_t = diag(decay_t) S_{t-1} − erase_out_t (erase_in_tᵀ S_{t-1}) + k_t v_tᵀ
         o_t = S_tᵀ q_t
 
     s: the six tensors; state: S_0 [B, H, K, V], zeros if None. Returns o [B, T, H, V] and the last
     state. Raises InputError if shapes do not fit. By hand, K = V = 2: the first token writes (6, 2)
-    under the key (1, 0). The second halves all, takes half of the rest out under (1, 0), and writes
-    (0, 5) under (0, 1):
+    under the key (1, 0). The second halves all, takes out a quarter of what was under (1, 0), and
+    writes (0, 5) under (0, 1):
 
     >>> tokens = lambda *rows: torch.tensor(rows)[None, :, None]         # [T, ·] -> [1, T, 1, ·]
     >>> q, k, v = tokens([1., 0.], [1., 1.]), tokens([1., 0.], [0., 1.]), tokens([6., 2.], [0., 5.])
@@ -132,28 +132,19 @@ def recurrence(s: StepInputs, state: Tensor | None = None) -> tuple[Tensor, Tens
     return torch.stack(o, 1), S
 
 
-def states(s: StepInputs, state: Tensor | None = None) -> Tensor:
-    """The state after every token, [B, T, H, K, V] (T times the memory of `recurrence`)."""
-    all_states = []
-    for t in range(s.q.shape[1]):
-        _, state = recurrence(s.times(t, t + 1), state)
-        all_states.append(state)
-    return torch.stack(all_states, 1)
-
-
 def propagate(key: Tensor, s: StepInputs) -> tuple[Tensor, Tensor]:
-    """What an edit of a head's state does to its later reads, exactly, for K numbers a step.
+    """Follow an edit of a head's state to its later reads, exactly: K numbers a step, not K · V.
 
-    Add u_t yᵀ to the state right after the write of token t. The recurrence is linear in the state,
-    so the change stays rank 1 with the same y, and only u moves:
+    Add u_t yᵀ (key, value) to the state right after the write of token t. The recurrence is linear
+    in the state, so the change stays rank 1 with the same y, and at later times r only u moves:
 
-        u_t = key        u_s = A_s u_{s-1}        δo_s = (u_s · q_s) y
+        u_t = key        u_r = A_r u_{r-1}        δo_r = (u_r · q_r) y
 
     That is the recurrence itself with a value size of 1, driven by the single write (key, 1) at its
     first step (whose own transition does no harm: it meets an empty state).
 
     key [B, H, K], one edit per head; s: those heads' six tensors from the edited token on (k and v
-    play no part). Returns gain [B, T, H], the u_s · q_s, and the last u [B, H, K]. In the example
+    play no part). Returns gain [B, T, H], the u_r · q_r, and the last u [B, H, K]. In the example
     of `recurrence`, an edit under (1, 0) is read whole, and by 0.5 − 0.25 of itself a token later:
 
     >>> tokens = lambda *rows: torch.tensor(rows)[None, :, None]
@@ -171,17 +162,18 @@ def propagate(key: Tensor, s: StepInputs) -> tuple[Tensor, Tensor]:
 
 
 # ---- 2. An edit of the state ----
+# New here: the one way in which anything is changed. A write is replaced by two edits at one place.
 class Edit(NamedTuple):
-    """Add key valueᵀ to a head's state right after a token's write; (-k, v) takes it out."""
+    """Add key valueᵀ to a head's state right after a token's write k vᵀ; (-k, v) undoes that."""
     layer: int
     head: int
-    position: int  # from the first token ever fed (so with a cache: from the cache's start)
+    position: int  # from the first token ever fed, those in a cache included
     key: Tensor  # [K] or [B, K]
     value: Tensor  # [V] or [B, V]
 
 
 def apply_edits(o: Tensor, state: Tensor, s: StepInputs, start: int, edits: list[Edit]):
-    """A layer's reads o [B, T, H, V], from position start on, and its last state, with these edits.
+    """Change a layer's reads o [B, T, H, V], from position start on, and its last state, by edits.
     The sum of all changes comes first, so that an edit and its opposite cancel to the bit."""
     B = len(o)
     delta_o, delta_state = torch.zeros_like(o), torch.zeros_like(state)
@@ -198,34 +190,29 @@ def apply_edits(o: Tensor, state: Tensor, s: StepInputs, start: int, edits: list
     return o + delta_o, state + delta_state
 
 
-# ---- 3. Three adapters: from a layer's input to the six tensors, from the reads o to its output
-#
-#    inputs(h, cache, v_first) -> StepInputs, rest, cache    h [B, T, D]; rest: a tuple for `output`
-#    gate_and_scale(o, rest) -> gate [B, T, H, V], scale [B, T, H, 1]          o [B, T, H, V]
-#    output(o, rest) -> [B, T, D]: W_out(gate · scale · o + ...), scale a norm's 1/rms or 1/std
-#
-# v_first: layer 0's values, for RWKV-7 alone. With the scale held fixed, the output is affine in o.
-# A cache: a dict of tensors, at first empty.
+# ---- 3. Three adapters ----
+# New here: where the six tensors come from, and what becomes of the reads o [B, T, H, V].
+#    inputs(h, cache) -> StepInputs, rest, new cache    h [B, T, D]; rest: for the other two
+#    gate_and_scale(o, rest) -> gate [B, T, H, V], scale [B, T, H, 1], a norm's 1/rms or 1/std
+#    output(o, rest) -> [B, T, D]: W_out(gate · scale · o + ...)
+# With the scale held fixed, the output is affine in o. A cache: a dict of tensors, at first empty.
 linear = functools.partial(nn.Linear, bias=False)  # linear(n, m): x [..., n] -> W x [..., m]
 
 
 def per_head(x: Tensor, heads: int) -> Tensor:
-    """[..., heads · size] -> [..., heads, size], at least fp32."""
+    """Split [..., heads · size] -> [..., heads, size], at least fp32."""
     return at_least_fp32(x).unflatten(-1, (heads, -1))
 
 
 def causal_conv(x: Tensor, tail: Tensor | None, conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
-    """silu(Σ_i weight_i x_{t−W+1+i} + bias), a causal depthwise convolution of W taps.
-
-    x [B, T, C]; tail [B, W−1, C], the inputs just before x; the last tap meets the current token.
-    Returns it [B, T, C], and the new tail. (Faster than conv(x), which wants [B, C, T].)
-    """
-    T, taps = x.shape[1], conv.weight[:, 0].T.contiguous()  # [W, C]
+    """Return silu(Σ_i weight_i x_{t−W+1+i} + bias), W causal taps per channel, and the new tail.
+    x [B, T, channels]; tail [B, W−1, channels], the inputs just before; the last tap meets x_t."""
+    T, taps = x.shape[1], conv.weight[:, 0].T.contiguous()  # [W, channels]
     past = x.new_zeros(len(x), len(taps) - 1, x.shape[2]) if tail is None else tail
-    padded = torch.cat([past, x], 1)  # [B, W − 1 + T, C]
+    padded = torch.cat([past, x], 1)  # [B, W − 1 + T, channels]
     y = padded[:, :T] * taps[0]
     for i in range(1, len(taps)):
-        y.addcmul_(padded[:, i : i + T], taps[i])
+        y.addcmul_(padded[:, i : i + T], taps[i])  # in place: a sum of products is a fourth slower
     if conv.bias is not None:
         y = y + conv.bias
     return F.silu(y), padded[:, T:]
@@ -239,11 +226,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
 
     def scale(self, x: Tensor) -> Tensor:
-        """1 / √(mean x² + eps): [..., size] -> [..., 1], at least fp32."""
+        """Return 1 / √(mean x² + eps): [..., size] -> [..., 1], at least fp32."""
         return torch.rsqrt(at_least_fp32(x).square().mean(-1, keepdim=True) + self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., size] -> the same shape and dtype."""
+        """Norm x [..., size]; shape and dtype stay."""
         weight = self.offset + at_least_fp32(self.weight)
         return (at_least_fp32(x) * self.scale(x) * weight).to(x.dtype)
 
@@ -258,54 +245,49 @@ class GatedDeltaNet(nn.Module):
 
     q|k|v = silu(conv(W_qkv h)), each head's q and k over √(Σx² + 1e-6); β = σ(W_b h); z = W_z h;
     α = exp(−e^{A_log} softplus(W_a h + dt_bias)). Value head j has key head ⌊j / (H / key heads)⌋.
+    Differs from transformers' Qwen3_5GatedDeltaNet: α in erase_out; there S decays before look-up.
     """
     def __init__(self, width, key_heads, value_heads, K, V, conv_width=4, eps=1e-6):
         super().__init__()
         self.key_heads, self.heads, self.K, self.V = key_heads, value_heads, K, V
         self.repeats = whole_ratio(value_heads, key_heads)
-        C = 2 * key_heads * K + value_heads * V  # channels of q|k|v
-        self.in_proj_qkv = linear(width, C)
+        channels = 2 * key_heads * K + value_heads * V  # of q|k|v
+        self.in_proj_qkv = linear(width, channels)
         self.in_proj_z = linear(width, value_heads * V)
         self.in_proj_b = linear(width, value_heads)
         self.in_proj_a = linear(width, value_heads)
-        self.conv1d = nn.Conv1d(C, C, conv_width, groups=C, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, conv_width, groups=channels, bias=False)
         self.A_log = nn.Parameter(torch.zeros(value_heads))
         self.dt_bias = nn.Parameter(torch.ones(value_heads))
         self.norm = RMSNorm(V, eps)
         self.out_proj = linear(value_heads * V, width)
 
     def unit_heads(self, x: Tensor, length: float = 1.0) -> Tensor:
-        """[B, T, key_heads · K] -> [B, T, H, K] of this length, a key head for each value head."""
+        """Bring key heads to this length, and one to each value head: -> [B, T, H, K]."""
         x = per_head(x, self.key_heads)
         x = x * (torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) * length)
         return x.repeat_interleave(self.repeats, 2)
 
-    def inputs(self, h, cache, v_first=None):
-        """h [B, T, D] -> the six tensors, (z,), the cache's new conv tail."""
+    def inputs(self, h, cache):
+        """Project h [B, T, D]: -> the six tensors, z, the conv's tail."""
+        H, key_size = self.heads, self.key_heads * self.K
         qkv, tail = causal_conv(self.in_proj_qkv(h), cache.get("tail"), self.conv1d)
-        key_size = self.key_heads * self.K
-        q, k, v = qkv.split([key_size, key_size, self.heads * self.V], -1)
-        q = self.unit_heads(q, self.K**-0.5)
-        k = self.unit_heads(k)
-        v = per_head(v, self.heads)
-        beta = per_head(self.in_proj_b(h), self.heads).sigmoid()  # [B, T, H, 1]
-        step = per_head(self.in_proj_a(h), self.heads) + self.dt_bias.unsqueeze(-1)
-        A = per_head(self.A_log, self.heads).exp()  # [H, 1]
-        log_alpha = -A * F.softplus(step)  # [B, T, H, 1]
+        q, k, v = qkv.split([key_size, key_size, H * self.V], -1)
+        q, k = self.unit_heads(q, self.K**-0.5), self.unit_heads(k)
+        beta = per_head(self.in_proj_b(h), H).sigmoid()  # [B, T, H, 1]
+        step = F.softplus(per_head(self.in_proj_a(h), H) + per_head(self.dt_bias, H))
+        log_alpha = -per_head(self.A_log, H).exp() * step  # [B, T, H, 1]
         erase_out = log_alpha.exp() * beta * k
-        s = StepInputs(q, k, beta * v, log_alpha, erase_in=k, erase_out=erase_out)
-        return s, (self.in_proj_z(h),), {"tail": tail}
+        s = StepInputs(q, k, beta * per_head(v, H), log_alpha, erase_in=k, erase_out=erase_out)
+        return s, self.in_proj_z(h), {"tail": tail}
 
-    def gate_and_scale(self, o, rest):
-        """RMSNorm(o) silu(z) = o / rms(o) · w · silu(z): gate = silu(z) w, scale = 1/rms(o)."""
-        (z,) = rest
-        gate = F.silu(per_head(z, self.heads)) * self.norm.weight
-        return gate, self.norm.scale(o)
+    def gate_and_scale(self, o, z):
+        """Split RMSNorm(o) silu(z) = o / rms o · w · silu(z): gate = silu(z) w, scale = 1/rms o."""
+        return F.silu(per_head(z, self.heads)) * self.norm.weight, self.norm.scale(o)
 
-    def output(self, o, rest):
-        """W_out( gate · scale · o ): norm, then gate."""
-        (z,) = rest
-        gate, scale = self.gate_and_scale(o, rest)
+    def output(self, o, z):
+        """Form W_out( gate · scale · o ): norm, then gate."""
+        gate, scale = self.gate_and_scale(o, z)
         return self.out_proj((gate * scale * o).flatten(-2).to(z.dtype))
 
 
@@ -313,54 +295,56 @@ class Mamba2(nn.Module):
     """Mamba-2's layer (arXiv 2405.21060): S_t = e^{Δ_t A} S_{t-1} + B_t (Δ_t x_t)ᵀ, read by C_t.
 
     z|xBC|dt = W_in h; x|B|C = silu(conv(xBC)); Δ = clamp(softplus(dt + dt_bias), time_step_limit);
-    A = −e^{A_log}. Nothing is erased. Heads of a group share B and C.
+    A = −e^{A_log}. Nothing is erased. Heads of a group share B and C (here: key and query), and D x
+    (here: skip) goes past the state to the output.
+    Differs from transformers' Mamba2Mixer: Δ multiplies x; there it multiplies B.
     """
     def __init__(self, width, heads, groups, K, V, conv_width=4, eps=1e-5,
                  time_step_limit=(0.0, math.inf), bias=False, conv_bias=True):
         super().__init__()
         self.heads, self.groups, self.K, self.V = heads, groups, K, V
         self.repeats, self.time_step_limit = whole_ratio(heads, groups), time_step_limit
-        C = heads * V + 2 * groups * K  # channels of x|B|C (not the query C)
-        self.in_proj = nn.Linear(width, heads * V + C + heads, bias=bias)
-        self.conv1d = nn.Conv1d(C, C, conv_width, groups=C, bias=conv_bias)
+        channels = heads * V + 2 * groups * K  # of x|B|C
+        self.in_proj = nn.Linear(width, heads * V + channels + heads, bias=bias)
+        self.conv1d = nn.Conv1d(channels, channels, conv_width, groups=channels, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.ones(heads))
-        self.D = nn.Parameter(torch.ones(heads))  # what x adds past the state (not the width D)
+        self.skip = nn.Parameter(torch.ones(heads))
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.norm = RMSNorm(heads * V, eps)
         self.out_proj = nn.Linear(heads * V, width, bias=bias)
 
-    def inputs(self, h, cache, v_first=None):
-        """h [B, T, D] -> the six tensors (no erase), (D x, z), the cache's new conv tail."""
-        inner, group = self.heads * self.V, self.groups * self.K
-        z, xBC, dt = self.in_proj(h).split([inner, inner + 2 * group, self.heads], -1)
+    def inputs(self, h, cache):
+        """Project h [B, T, D]: -> the tensors (no erase), (skip · x, z), the conv's tail."""
+        H, inner, shared = self.heads, self.heads * self.V, self.groups * self.K
+        z, xBC, dt = self.in_proj(h).split([inner, inner + 2 * shared, H], -1)
         xBC, tail = causal_conv(xBC, cache.get("tail"), self.conv1d)
-        x, B, C = xBC.split([inner, group, group], -1)
-        x = per_head(x, self.heads)  # [B, T, H, V]
-        B = per_head(B, self.groups).repeat_interleave(self.repeats, 2)  # [B, T, H, K]
-        C = per_head(C, self.groups).repeat_interleave(self.repeats, 2)  # [B, T, H, K]
-        delta = F.softplus(per_head(dt, self.heads) + self.dt_bias.unsqueeze(-1))
+        x, key, query = xBC.split([inner, shared, shared], -1)
+        x = per_head(x, H)  # [B, T, H, V]
+        key = per_head(key, self.groups).repeat_interleave(self.repeats, 2)  # [B, T, H, K]
+        query = per_head(query, self.groups).repeat_interleave(self.repeats, 2)
+        delta = F.softplus(per_head(dt, H) + per_head(self.dt_bias, H))
         delta = delta.clamp(*self.time_step_limit)  # [B, T, H, 1]
-        A = -per_head(self.A_log, self.heads).exp()  # [H, 1]
-        s = StepInputs(q=C, k=B, v=delta * x, log_decay=delta * A)
-        return s, (self.D.unsqueeze(-1) * x, z), {"tail": tail}
+        A = -per_head(self.A_log, H).exp()  # [H, 1]
+        s = StepInputs(query, key, delta * x, log_decay=delta * A)
+        return s, (per_head(self.skip, H) * x, z), {"tail": tail}
 
     def gate_and_scale(self, o, rest):
-        """For u = (o + D x) silu(z): gate = silu(z) w, scale = 1 / rms of u over a group."""
-        Dx, z = rest
+        """Split, for u = (o + skip x) silu(z): gate = silu(z) w, scale = 1/rms of a group's u."""
+        skipped, z = rest
         silu = F.silu(per_head(z, self.heads))
-        u = ((o + Dx) * silu).unflatten(2, (self.groups, -1)).flatten(-2)  # [B, T, groups, ·]
+        u = ((o + skipped) * silu).unflatten(2, (self.groups, -1)).flatten(-2)  # [B, T, groups, ·]
         scale = self.norm.scale(u).repeat_interleave(self.repeats, 2)  # [B, T, H, 1]
         return silu * per_head(self.norm.weight, self.heads), scale
 
     def output(self, o, rest):
-        """W_out( gate · scale · (o + D x) ): gate, then norm."""
-        Dx, z = rest
+        """Form W_out( gate · scale · (o + skip · x) ): gate, then norm."""
+        skipped, z = rest
         gate, scale = self.gate_and_scale(o, rest)
-        return self.out_proj((gate * scale * (o + Dx)).flatten(-2).to(z.dtype))
+        return self.out_proj((gate * scale * (o + skipped)).flatten(-2).to(z.dtype))
 
 
 def token_shift(h: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-    """h_{t-1} − h_t, and h's last token, the next tail. h [B, T, D], tail [B, 1, D]."""
+    """Return h_{t-1} − h_t, and h's last token, the next tail. h [B, T, D], tail [B, 1, D]."""
     past = torch.zeros_like(h[:, :1]) if tail is None else tail
     return torch.cat([past, h[:, :-1]], 1) - h, h[:, -1:]
 
@@ -373,9 +357,10 @@ class RWKV7(nn.Module):
     m_c = h + (h_{t-1} − h) x_c for c in r, w, k, v, a, g; r, k, v = W m. A lora is W_2 f(W_1 m) + b
     of low rank: log w = −e^{−1/2} σ(lora(m_w)), its f tanh; a = σ(lora(m_a)); κ̂ = k · k_k to unit
     length per head; then k ← k (1 + (a−1) k_a). From layer 1 on v ← v + (v_first − v) σ(lora(m_v)),
-    v_first the v of layer 0. The output is gated by g = lora(m_g), its f σ.
+    v_first the v of layer 0. The output is gated by g = lora(m_g): its f is σ, and it has no b.
+    Differs from fla's RWKV7Attention: erase_in is κ̂; its kernels take −κ̂, and add.
     """
-    def __init__(self, width, heads, K, V, ranks: dict[str, int], first: bool, eps):
+    def __init__(self, width, heads, K, V, ranks, first, eps):
         super().__init__()
         self.heads, self.K, self.V, self.eps = heads, K, V, eps
 
@@ -383,7 +368,7 @@ class RWKV7(nn.Module):
             return nn.Sequential(linear(width, ranks[c]), f, nn.Linear(ranks[c], size, bias=bias))
 
         for c in "rwkvag":
-            self.register_parameter(f"x_{c}", nn.Parameter(torch.zeros(width)))
+            self.register_parameter(f"x_{c}", nn.Parameter(torch.zeros(1, 1, width)))
         self.k_k = nn.Parameter(torch.ones(heads * K))
         self.k_a = nn.Parameter(torch.ones(heads * K))
         self.r_k = nn.Parameter(torch.zeros(heads, K))
@@ -397,13 +382,14 @@ class RWKV7(nn.Module):
         self.v_lora = None if first else low_rank("v", heads * V, nn.Identity())
         self.g_norm = nn.GroupNorm(heads, heads * V, eps)  # holds the weights of each head's norm
 
-    def inputs(self, h, cache, v_first=None):
-        """h [B, T, D], v_first [B, T, H, V] (None in layer 0) -> the six, (g, bonus), the tail."""
+    def inputs(self, h, cache):
+        """Project h [B, T, D]: -> the six tensors, (g, bonus), h's last token and v_first."""
         H, (shift, tail) = self.heads, token_shift(h, cache.get("tail"))
         r = per_head(self.r_proj(h + shift * self.x_r), H)  # [B, T, H, K]
         k = per_head(self.k_proj(h + shift * self.x_k), H)  # [B, T, H, K]
         m_v = h + shift * self.x_v
         v = per_head(self.v_proj(m_v), H)  # [B, T, H, V]
+        v_first = v if self.v_lora is None else cache["v_first"]  # `Block` hands it on
         if self.v_lora is not None:
             v = v + (v_first - v) * per_head(self.v_lora(m_v), H).sigmoid()
         raw = per_head(self.w_lora(h + shift * self.x_w), H)
@@ -412,17 +398,18 @@ class RWKV7(nn.Module):
         kappa = F.normalize(k * per_head(self.k_k, H), dim=-1)
         k = k * (1 + (a - 1) * per_head(self.k_a, H))
         s = StepInputs(r, k, v, log_w, erase_in=kappa, erase_out=a * kappa)
+        g = self.g_lora(h + shift * self.x_g)
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v  # [B, T, H, V]
-        return s, (self.g_lora(h + shift * self.x_g), bonus), {"tail": tail}
+        return s, (g, bonus), {"tail": tail, "v_first": v_first}
 
     def gate_and_scale(self, o, rest):
-        """g GroupNorm(o) = g ((o − mean o) / std(o) · w + bias): gate = g w, scale = 1/std(o)."""
+        """Split g GroupNorm(o) = g ((o − mean o)/std o · w + bias): gate = g w, scale = 1/std o."""
         g, _ = rest
         scale = torch.rsqrt(o.var(-1, keepdim=True, unbiased=False) + self.eps)
         return per_head(g, self.heads) * per_head(self.g_norm.weight, self.heads), scale
 
     def output(self, o, rest):
-        """W_out( gate · scale · (o − mean o) + g · (bias + (Σ_K r k r_k) v) )."""
+        """Form W_out( gate · scale · (o − mean o) + g · (bias + (Σ_K r k r_k) v) )."""
         g, bonus = rest
         gate, scale = self.gate_and_scale(o, rest)
         y = gate * scale * (o - o.mean(-1, keepdim=True))
@@ -430,7 +417,129 @@ class RWKV7(nn.Module):
         return self.out_proj(y.flatten(-2).to(g.dtype))
 
 
-# ---- 4. The rest of a block: Qwen3.5's gated attention (every 4th layer), and the MLPs ----
+# ---- 4. The model ----
+# New here: blocks in a row, run from any layer and any token on, with edits.
+class Stream(NamedTuple):
+    """Hold what flows from layer to layer."""
+    x: Tensor  # [B, T, D] the residual stream
+    v_first: Tensor | None = None  # [B, T, H, V] layer 0's v, in RWKV-7 alone (after its layer 0)
+
+    times, rows = StepInputs.times, StepInputs.rows  # of both tensors, as there
+
+
+class Cache(NamedTuple):
+    """Hold all that the past leaves behind: a dict of tensors per layer, and the tokens seen."""
+    layers: tuple[dict[str, Tensor], ...]  # batch first; empty before the first token
+    length: int
+
+    def rows(self, index: Tensor) -> Cache:
+        """Take some batch rows, repeats allowed."""
+        layers = [{name: x[index] for name, x in layer.items()} for layer in self.layers]
+        return Cache(tuple(layers), self.length)
+
+
+class Block(nn.Module):
+    """Add to the stream: x + mixer(norm1(x)); then x + mlp(norm2(x)), where there is an MLP."""
+    def __init__(self, mixer: nn.Module, norm1: nn.Module, mlp=None, norm2=None):
+        super().__init__()
+        self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp
+        self.recurrent = not isinstance(mixer, GatedAttention)  # whether it has a state
+
+    def inputs(self, stream: Stream, cache: dict):
+        """Return a recurrent mixer's six tensors, the rest that its output needs, its new cache."""
+        return self.mixer.inputs(self.norm1(stream.x), cache | {"v_first": stream.v_first})
+
+    def forward(self, stream: Stream, cache: dict, start=0, edits=()) -> tuple[Stream, dict]:
+        """Run tokens from position start on: -> the stream after the block, and its new cache."""
+        if self.recurrent:
+            s, rest, new = self.inputs(stream, cache)
+            with torch.autocast(stream.x.device.type, enabled=False):  # the recurrence stays fp32
+                o, state = recurrence_chunked(s, cache.get("state"))  # `recurrence`, but faster
+                if edits:
+                    o, state = apply_edits(o, state, s, start, edits)
+            new["state"] = state
+            y = self.mixer.output(o, rest)
+        else:
+            y, new = self.mixer(self.norm1(stream.x), cache)
+        stream = Stream(stream.x + y, new.pop("v_first", None))  # RWKV-7 alone has one
+        if self.mlp is not None:
+            y, tail = self.mlp(self.norm2(stream.x), cache)
+            stream = stream._replace(x=stream.x + y)
+            new = new | tail
+        return stream, new
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks, norm, head: the same for all three. Made by `build` or `load`."""
+    def __init__(self, architecture: str, vocab: int, width: int, blocks: list[Block],
+                 norm: nn.Module, embed_norm: nn.Module | None = None, tied: bool = True):
+        super().__init__()
+        self.architecture, self.vocab = architecture, vocab
+        self.name, self.folder = architecture, None  # `load` knows better
+        self.embedding = nn.Embedding(vocab, width)
+        self.embed_norm = embed_norm or nn.Identity()
+        self.layers, self.norm = nn.ModuleList(blocks), norm
+        self.lm_head = None if tied else linear(width, vocab)
+        self.recurrent_layers = [i for i, block in enumerate(blocks) if block.recurrent]
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the weights are."""
+        return self.embedding.weight.device
+
+    @property
+    def unembedding(self) -> Tensor:
+        """Return the output map, [vocab, D]."""
+        return (self.embedding if self.lm_head is None else self.lm_head).weight
+
+    def out_map(self, layer: int) -> Tensor:
+        """Return a recurrent layer's output map by heads, [D, H, V], at least fp32."""
+        mixer = self.layers[layer].mixer
+        return at_least_fp32(mixer.out_proj.weight).unflatten(1, (mixer.heads, mixer.V))
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None, edits=()) -> tuple[Tensor, Cache]:
+        """Read tokens [B, T] after the cache's: -> logits [B, T, vocab], new cache; inputs stay."""
+        stream, cache = self.run(self.embed(tokens), cache, edits)
+        return self.unembed(stream), cache
+
+    def embed(self, tokens: Tensor) -> Stream:
+        """Look tokens [B, T] up: -> the stream before layer 0."""
+        return Stream(self.embed_norm(self.embedding(tokens)))
+
+    def run(self, stream: Stream, cache: Cache | None = None, edits=(), first=0, last=None):
+        """Run layers first ≤ i < last: -> the stream after them, and the cache with those renewed.
+        Raises InputError if an edit is not in these tokens and layers or not of its head's size."""
+        cache = cache or Cache(tuple({} for _ in self.layers), 0)
+        start, stop = cache.length, cache.length + stream.x.shape[1]
+        layers, which = list(cache.layers), range(len(self.layers))[first:last]
+        for e in edits:
+            check_edit(self, e, which, range(start, stop), len(stream.x))
+        for i in which:
+            here = [e for e in edits if e.layer == i]
+            stream, layers[i] = self.layers[i](stream, layers[i], start, here)
+        return stream, Cache(tuple(layers), stop)
+
+    def unembed(self, stream: Stream) -> Tensor:
+        """Turn the stream after the last layer into logits [B, T, vocab]."""
+        return F.linear(self.norm(stream.x), self.unembedding)
+
+    def step_inputs(self, stream: Stream, layer: int) -> StepInputs:
+        """Return a recurrent layer's six tensors, from the stream of a whole text at its input."""
+        return self.layers[layer].inputs(stream, {})[0]
+
+    def generate(self, logits: Tensor, cache: Cache, n: int):
+        """Say n tokens, each the most probable, after a prompt's last logits [B, vocab] and cache:
+        -> the tokens [B, n] and the logits that they were chosen from, [B, n, vocab]."""
+        steps = [logits]
+        while len(steps) < n:
+            logits, cache = self(steps[-1].argmax(-1, keepdim=True), cache)
+            steps.append(logits[:, 0])
+        chosen_from = torch.stack(steps, 1)
+        return chosen_from.argmax(-1), chosen_from
+
+
+# ==== The tutorial ends here. Below: layers without a state, chunks, checks, files, tokenizers ====
+# ---- 5. The rest of a block: Qwen3.5's gated attention (every 4th layer), and the MLPs ----
 class GatedAttention(nn.Module):
     """Qwen3.5's attention: grouped keys, RMSNorm on q and k, rotary positions on a part of each
     head, a sigmoid gate on the result. No state to edit; its cache grows with the text."""
@@ -447,7 +556,7 @@ class GatedAttention(nn.Module):
         self.k_norm = RMSNorm(size, eps, offset=1.0)
 
     def rotate(self, x: Tensor, start: int) -> Tensor:
-        """Rotary positions on x [B, heads, T, size]: channel i turns with i + rotary/2."""
+        """Rotate x [B, heads, T, size] by its positions: channel i turns with i + rotary/2."""
         half = self.rotary // 2  # simplification: positions of text alone, no image's rows
         channel = torch.arange(half, device=x.device, dtype=torch.float32)
         position = torch.arange(start, start + x.shape[2], device=x.device)
@@ -458,9 +567,8 @@ class GatedAttention(nn.Module):
         return torch.cat([a, b, rest], -1).to(x.dtype)
 
     def forward(self, h, cache):
-        """h [B, T, D] -> the layer's output [B, T, D], the cache with T more keys and values."""
-        q = self.q_proj(h).unflatten(-1, (self.heads, 2 * self.size))
-        q, gate = q.chunk(2, -1)
+        """Attend: h [B, T, D] -> [B, T, D], and the cache with T more keys and values."""
+        q, gate = self.q_proj(h).unflatten(-1, (self.heads, 2 * self.size)).chunk(2, -1)
         k = self.k_proj(h).unflatten(-1, (self.key_heads, self.size)).transpose(1, 2)
         v = self.v_proj(h).unflatten(-1, (self.key_heads, self.size)).transpose(1, 2)
         start = cache["keys"].shape[2] if cache else 0
@@ -486,7 +594,7 @@ class GatedMLP(nn.Module):
         self.down_proj = linear(inner, width)
 
     def forward(self, x, cache):
-        """x [B, T, D] -> [B, T, D]; nothing to remember."""
+        """Map x [B, T, D] -> [B, T, D]; nothing to remember."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), {}
 
 
@@ -498,172 +606,20 @@ class ChannelMix(nn.Module):
         self.key, self.value = linear(width, inner), linear(inner, width)
 
     def forward(self, x, cache):
-        """x [B, T, D] -> [B, T, D] and the new tail."""
+        """Map x [B, T, D] -> [B, T, D], and the new tail."""
         shift, tail = token_shift(x, cache.get("mlp_tail"))
         inner = F.relu(self.key(x + shift * self.x_k))
         return self.value(inner.square()), {"mlp_tail": tail}
 
 
-# ---- 5. The model ----
-class Stream(NamedTuple):
-    """What flows from layer to layer."""
-    x: Tensor  # [B, T, D] the residual stream
-    v_first: Tensor | None = None  # [B, T, H, V] layer 0's v, in RWKV-7 alone (after its layer 0)
-
-    times, rows = StepInputs.times, StepInputs.rows  # of both tensors, as there
-
-
-class Cache(NamedTuple):
-    """All that the past leaves behind: a dict of tensors per layer, and the tokens seen."""
-    layers: tuple[dict[str, Tensor], ...]  # batch first; empty before the first token
-    length: int
-
-    def rows(self, index: Tensor) -> Cache:
-        """Some batch rows, repeats allowed."""
-        layers = [{name: x[index] for name, x in layer.items()} for layer in self.layers]
-        return Cache(tuple(layers), self.length)
-
-
-class Block(nn.Module):
-    """`mix`: x + mixer(norm1(x)); then `feed`: x + mlp(norm2(x)), where there is an MLP.
-
-    A recurrent mixer has two halves, `read` and `write_out`: an edit of the state stands between.
-    """
-    def __init__(self, mixer: nn.Module, norm1: nn.Module, mlp=None, norm2=None):
-        super().__init__()
-        self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp
-        self.recurrent = not isinstance(mixer, GatedAttention)  # whether it has a state
-
-    def read(self, stream: Stream, cache: dict):
-        """Up to the reads: the stream (RWKV-7's layer 0 adds v_first), o [B, T, H, V], the six
-        tensors, the rest that `write_out` needs, and the mixer's new cache."""
-        s, rest, new = self.mixer.inputs(self.norm1(stream.x), cache, stream.v_first)
-        with torch.autocast(stream.x.device.type, enabled=False):  # the recurrence stays fp32
-            o, state = recurrence_chunked(s, cache.get("state"))  # `recurrence`, faster: section 6
-        if isinstance(self.mixer, RWKV7) and stream.v_first is None:
-            stream = stream._replace(v_first=s.v)
-        return stream, o, s, rest, new | {"state": state}
-
-    def write_out(self, stream: Stream, o: Tensor, rest: tuple) -> Stream:
-        """From the reads on: the stream after the mixer."""
-        return stream._replace(x=stream.x + self.mixer.output(o, rest))
-
-    def mix(self, stream: Stream, cache: dict, start=0, edits=()) -> tuple[Stream, dict]:
-        """The first half, over tokens from position start on, and the mixer's new cache."""
-        if not self.recurrent:
-            y, new = self.mixer(self.norm1(stream.x), cache)
-            return stream._replace(x=stream.x + y), new
-        stream, o, s, rest, new = self.read(stream, cache)
-        if edits:
-            o, new["state"] = apply_edits(o, new["state"], s, start, edits)
-        return self.write_out(stream, o, rest), new
-
-    def feed(self, stream: Stream, cache: dict) -> tuple[Stream, dict]:
-        """The second half, and the MLP's new cache."""
-        if self.mlp is None:
-            return stream, {}
-        y, new = self.mlp(self.norm2(stream.x), cache)
-        return stream._replace(x=stream.x + y), new
-
-
-class LanguageModel(nn.Module):
-    """Embedding, blocks, norm, head: the same for all three. Made by `build` or `load`."""
-    def __init__(self, architecture: str, vocab: int, width: int, blocks: list[Block],
-                 norm: nn.Module, embed_norm: nn.Module | None = None, tied: bool = True):
-        super().__init__()
-        self.architecture, self.vocab = architecture, vocab
-        self.name, self.folder = architecture, None  # `load` knows better
-        self.embedding, self.embed_norm = nn.Embedding(vocab, width), embed_norm
-        self.layers, self.norm = nn.ModuleList(blocks), norm
-        self.lm_head = None if tied else linear(width, vocab)
-        self.recurrent_layers = [i for i, block in enumerate(blocks) if block.recurrent]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.embedding.weight.device
-
-    @property
-    def unembedding(self) -> Tensor:
-        """The output map, [vocab, D]."""
-        return (self.embedding if self.lm_head is None else self.lm_head).weight
-
-    def out_map(self, layer: int) -> Tensor:
-        """A recurrent layer's output map by heads, [D, H, V], at least fp32."""
-        mixer = self.layers[layer].mixer
-        return at_least_fp32(mixer.out_proj.weight).unflatten(1, (mixer.heads, mixer.V))
-
-    def forward(self, tokens: Tensor, cache: Cache | None = None, edits=()) -> tuple[Tensor, Cache]:
-        """tokens [B, T] after those in cache -> logits [B, T, vocab], new cache; inputs stay."""
-        stream, cache = self.run(self.embed(tokens), cache, edits)
-        return self.unembed(stream), cache
-
-    def embed(self, tokens: Tensor) -> Stream:
-        """tokens [B, T] -> the stream before layer 0."""
-        x = self.embedding(tokens)
-        return Stream(x if self.embed_norm is None else self.embed_norm(x))
-
-    def run(self, stream: Stream, cache: Cache | None = None, edits=(), first=0, last=None):
-        """Layers first ≤ i < last: the stream after them, and the cache with those layers renewed.
-        Raises InputError if an edit is not in these tokens and layers or not of its head's size."""
-        cache = cache or self.empty_cache()
-        start, stop = cache.length, cache.length + stream.x.shape[1]
-        layers, which = list(cache.layers), range(len(self.layers))[first:last]
-        for e in edits:
-            check_edit(self, e, which, range(start, stop))
-        for i in which:
-            here = [e for e in edits if e.layer == i]
-            stream, mixed = self.layers[i].mix(stream, layers[i], start, here)
-            stream, fed = self.layers[i].feed(stream, layers[i])
-            layers[i] = mixed | fed
-        return stream, Cache(tuple(layers), stop)
-
-    def unembed(self, stream: Stream) -> Tensor:
-        """The stream after the last layer -> logits [B, T, vocab]."""
-        return F.linear(self.norm(stream.x), self.unembedding)
-
-    def step_inputs(self, stream: Stream, layer: int) -> StepInputs:
-        """The six tensors of a recurrent layer, from the stream of a whole text at its input."""
-        block = self.layers[layer]
-        s, _, _ = block.mixer.inputs(block.norm1(stream.x), {}, stream.v_first)
-        return s
-
-    def empty_cache(self) -> Cache:
-        """The cache before the first token."""
-        return Cache(tuple({} for _ in self.layers), 0)
-
-    def check_cell(self, layer: int, head: int):
-        """Raise InputError unless layer is recurrent and has this head."""
-        n, recurrent = len(self.layers), self.recurrent_layers
-        here = f"layer {layer} of {self.name}"
-        what = "full attention, it keeps no state" if 0 <= layer < n else f"not one of 0..{n - 1}"
-        names = ", ".join(map(str, recurrent))
-        require(layer in recurrent, f"{here} is {what}; recurrent layers: {names}")
-        heads = self.layers[layer].mixer.heads
-        require(0 <= head < heads, f"head {head}: {here} has heads 0..{heads - 1}")
-
-    def generate(self, logits: Tensor, cache: Cache, n: int):
-        """n tokens, each the most probable next one, after a prompt's last logits [B, vocab] and
-        cache. Returns tokens [B, n] and the logits that they were chosen from, [B, n, vocab]."""
-        tokens, chosen_from = [logits.argmax(-1)], [logits]
-        while len(tokens) < n:
-            logits, cache = self(tokens[-1][:, None], cache)
-            tokens.append(logits[:, 0].argmax(-1))
-            chosen_from.append(logits[:, 0])
-        return torch.stack(tokens, 1), torch.stack(chosen_from, 1)
-
-
-# ==== The tutorial ends here. Below: the recurrence by chunks, checks, checkpoints, tokenizers ====
 # ---- 6. The recurrence by chunks: the same results, in a few large products ----
-def decayed_scores(x, log_x, ys: list[Tensor], log_y, diagonal: int) -> list[Tensor]:
-    """How much of what y wrote at token j is left when x looks for it at token i, for each y:
+def decayed_scores(x, log_x, ys, log_y, diagonal):
+    """Score how much of what y wrote at token j is left when x looks for it at token i, for each y:
 
         M_ij = Σ_c x_ic exp(log_x_ic − log_y_jc) y_jc        for j ≤ i + diagonal, else 0
 
-    x, y [..., C, K], logs [..., C, 1|K] -> [..., C, C]. Only differences of logs are exponentiated.
-    One decay per head leaves the sum. One per channel: both sides are measured from the middle of
-    the chunk; C ≤ 16 and RWKV-7's decay, at least exp(−e^{−1/2}) = 0.545 a step, stay far inside
-    fp32.
+    x, y [..., C, K], logs [..., C, 1|K] -> a list of [..., C, C]. Only differences of logs are
+    exponentiated (with decays per channel, from the chunk's middle), so that none leaves fp32.
     """
     if log_x.shape[-1] == 1:
         # tril before exp: no overflow above the diagonal; and after: no exp(0) = 1 there
@@ -675,8 +631,7 @@ def decayed_scores(x, log_x, ys: list[Tensor], log_y, diagonal: int) -> list[Ten
 
 
 def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | None = None):
-    """`recurrence`, same arguments and results, by matrix products over chunks of C tokens (with a
-    decay per channel: one of at least 0.545 a step, see `decayed_scores`).
+    """Run `recurrence`, same arguments and results, by matrix products over chunks of C tokens.
 
     Let S be the state before a chunk, L the log decays summed from the chunk's start, and
     w_t = S_{t-1}ᵀ erase_in_t what the erase of token t finds. Unrolled inside the chunk,
@@ -687,24 +642,25 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | 
 
         (I + found_erased) w = found_writes v + e^{L_{t-1}} erase_in S    (unitriangular adds I)
 
-    where `found` are the scores of erase_in against earlier tokens' erase_outs and keys. All else
-    is a product. chunk: C, by default 32 with one decay per head, 16 with one per channel.
+    where `found` are the scores of erase_in against earlier tokens' erase_outs and keys. C is 32
+    with one decay per head (below e^−100 it counts as that), 16 with one per channel (where half a
+    chunk may pass e^−80, the loop takes over, slower; RWKV-7's steps are at least 0.545).
     """
-    if s.q.shape[1] == 1:
-        return recurrence(s, state)  # one token is the definition
     check_shapes(s, state)
     (B, T, H, K), V = s.q.shape, s.v.shape[-1]
-    C = min(T, chunk or (32 if s.log_decay.shape[-1] == 1 else 16))
+    per_channel = s.log_decay.shape[-1] > 1
+    C = min(T, chunk or (16 if per_channel else 32))
+    if T == 1 or (per_channel and s.log_decay.min() * C < -160):
+        return recurrence(s, state)
     N = -(-T // C)  # chunks; the last is padded with zeros: no change
 
-    def split(x: Tensor) -> Tensor:  # [B, T, H, ·] -> [N, B·H, C, ·]
+    def split(x):  # [B, T, H, ·] -> [N, B·H, C, ·]
         if N * C > T:
             x = F.pad(x, (0, 0, 0, 0, 0, N * C - T))
         x = x.view(B, N, C, H, -1).permute(1, 0, 3, 2, 4)
         return x.reshape(N, B * H, C, -1).contiguous()  # one copy, or each product makes its own
 
-    q, k = split(s.q), split(s.k)
-    v, log_decay = split(s.v), split(s.log_decay)
+    q, k, v, log_decay = map(split, (s.q, s.k, s.v, s.log_decay.clamp_min(-100)))
     L = log_decay.cumsum(-2)  # [N, B·H, C, 1|K] with each token
     end = L[:, :, -1:]  # [N, B·H, 1, 1|K] over the chunk
     q_start = q * L.exp()  # as the chunk's first state is read
@@ -736,85 +692,131 @@ def recurrence_chunked(s: StepInputs, state: Tensor | None = None, chunk: int | 
     return o.reshape(B, N * C, H, V)[:, :T], S.view(B, H, K, V)
 
 
+def states(s: StepInputs, state: Tensor | None = None) -> Tensor:
+    """Return the state after every token, [B, T, H, K, V]: T times `recurrence`'s memory."""
+    after = []
+    for t in range(s.q.shape[1]):
+        _, state = recurrence(s.times(t, t + 1), state)
+        after.append(state)
+    return torch.stack(after, 1)
+
+
 # ---- 7. Checks: is it the shape that it should be? ----
 def check_shapes(s: StepInputs, state: Tensor | None):
     """Raise InputError with the likely mistake if the six tensors do not fit together."""
-    (B, T, H, K), V = s.q.shape, s.v.shape[-1]
-    q, k, v, decay = (list(x.shape) for x in s[:4])
-    got = [B, H, K, V] if state is None else list(state.shape)
-    require(k == q and v == [B, T, H, V], f"q is {q}, k {k}, v {v}; must be [B,T,H,K], "
-            "[B,T,H,K], [B,T,H,V]: is the head axis before the time axis, or are grouped keys not "
-            "yet repeated?")
-    require(decay in ([B, T, H, 1], q), f"log_decay is {decay}; must be [B,T,H,1] or [B,T,H,K]: is "
+    q, k, v, decay, *erase, S = [None if x is None else list(x.shape) for x in (*s, state)]
+    require(len(q) == len(v) == 4 and min(q + v) > 0, f"q is {q}, v {v}; must be [B,T,H,K] and "
+            "[B,T,H,V], none of them 0: is the text empty, or an axis missing?")
+    require(k == q and v[:3] == q[:3], f"q is {q}, k {k}, v {v}; must be [B,T,H,K] twice and "
+            "[B,T,H,V]: is the head axis before the time axis, are grouped keys not yet repeated?")
+    require(decay in (q[:3] + [1], q), f"log_decay is {decay}; must be [B,T,H,1] or [B,T,H,K]: is "
             "the last axis missing?")
-    erase = [None if x is None else list(x.shape) for x in s[4:]]
     require(erase in ([None, None], [q, q]), f"erase_in, erase_out are {erase}; must both be "
             "[B,T,H,K], or both None")
-    require(got == [B, H, K, V], f"state is {got}; must be [B,H,K,V] = {[B, H, K, V]}: is it value "
-            "first?")
+    must = [q[0], *q[2:], v[3]]
+    require(S in (None, must), f"state is {S}; must be [B,H,K,V] = {must}: is it value first?")
+    kinds = {x.dtype for x in (*s, state) if x is not None}
+    require(kinds in ({torch.float32}, {torch.float64}), f"tensors are {kinds}; must all be "
+            "float32, or all float64")
 
 
-def check_edit(model: LanguageModel, e: Edit, layers: range, positions: range):
+def check_cell(model: LanguageModel, layer: int, head: int):
+    """Raise InputError unless the layer is recurrent and has this head."""
+    recurrent, here = model.recurrent_layers, f"layer {layer} of {model.name}"
+    require(layer in recurrent, f"{here} is full attention, which keeps no state, or is not there; "
+            f"recurrent layers: {', '.join(map(str, recurrent))}")
+    heads = model.layers[layer].mixer.heads
+    require(0 <= head < heads, f"head {head}: {here} has heads 0..{heads - 1}")
+
+
+def check_edit(model, e: Edit, layers: range, positions: range, B: int):
     """Raise InputError unless the edit is of these layers and positions, and of its head's size."""
-    model.check_cell(e.layer, e.head)
-    mixer = model.layers[e.layer].mixer
-    K, V = e.key.shape[-1], e.value.shape[-1]
-    where = f"layers {layers.start}..{layers.stop - 1} over positions {positions.start}.."
+    check_cell(model, e.layer, e.head)
     require(e.layer in layers and e.position in positions, f"edit at layer {e.layer}, position "
-            f"{e.position}: this call runs {where}{positions.stop - 1}")
-    require((K, V) == (mixer.K, mixer.V), f"edit with key [{K}] and value [{V}]: the head's state "
-            f"is [K, V] = [{mixer.K}, {mixer.V}], key first")
+            f"{e.position}: this call runs the layers in {layers}, the positions in {positions}")
+    mixer = model.layers[e.layer].mixer
+    for name, x, n in (("key", e.key, mixer.K), ("value", e.value, mixer.V)):
+        require(list(x.shape) in ([n], [1, n], [B, n]), f"edit with {name} {list(x.shape)}: must "
+                f"be [{n}], or [{B}, {n}], one for each text; is the state [K, V], key first?")
 
 
 def whole_ratio(a: int, b: int) -> int:
-    """a / b. Raises InputError unless b divides a."""
+    """Return a / b. Raises InputError unless b divides a."""
     require(a % b == 0, f"{a} heads or channels in {b} groups: they must divide")
     return a // b
 
 
-# ---- 8. Models from configs: what comes from outside passes through `reading` and `number` ----
+# ---- 8. Models from configs: nothing that changes the numbers is read past ----
 @contextlib.contextmanager
-def reading(path: str, advice: str = "is the download complete?"):
-    """Whatever a parser raises at a file that is not what it should be, as one InputError."""
+def as_input_error(path: str, advice="is the download complete?", what="read"):
+    """Turn whatever is raised at a file that is not what it should be into one InputError."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # the one place: safetensors and tokenizers raise what they like
         why = f"{type(error).__name__}: {error!s:.80}"
-        raise InputError(f"{path}: cannot be read ({why}); {advice}") from None
+        raise InputError(f"{path}: cannot be {what} ({why}); {advice}") from None
 
 
-def number(c: dict, name: str, default=None, kind: type = int, most: float = 500_000):
-    """A positive number of a config: a size (int) or a real one (float). Raises InputError."""
+def present(c: dict | None) -> dict:
+    """Drop what is null in a config: as good as absent."""
+    return {name: x for name, x in (c or {}).items() if x is not None}
+
+
+def positive(c: dict, name: str, default=None, kind=int, most=500_000):
+    """Take a positive number from a config: a size (int) or a real one (float), or InputError."""
     x = c.get(name, default)
     sound = isinstance(x, (int, kind)) and not isinstance(x, bool) and 0 < x <= most
-    require(sound, f"config.json: {name} is {x!r:.40}; allowed are {kind.__name__}s above 0, up to "
-            f"{most:,}; is it this model's config.json?")
+    require(sound, f"config.json: {name} is {x!r:.40}; must be a number ({kind.__name__}) above 0, "
+            f"up to {most:,}")
     return kind(x)
 
 
-def numbers(c: dict, *names: str) -> list[int]:
-    """Several sizes of a config."""
-    return [number(c, name) for name in names]
+real = functools.partial(positive, kind=float, most=10**12)
+layers_of = functools.partial(positive, name="num_hidden_layers", most=1000)
+RANKS = {"w": "decay", "a": "a", "v": "v", "g": "gate"}  # RWKV-7's low ranks in configs
+
+#: Keys that change the numbers -> the values that are implemented here; no other keys in `rope`.
+#: Others change nothing: transformers reads past Codestral's norm_before_gate, mamba_ssm does not.
+SILU, EITHER, ANY = ["silu", "swish"], [True, False], None
+IMPLEMENTED = {
+    "any": dict(quantization_config=[], quantization=[], tie_word_embeddings=EITHER),
+    "gdn": dict(hidden_act=SILU, output_gate_type=SILU, attn_output_gate=[True],
+                attention_bias=[False], sliding_window=[], use_sliding_window=[False]),
+    "rope": dict(rope_type=["default"], type=["default"], factor=[1], rope_theta=ANY,
+                 partial_rotary_factor=ANY, mrope_section=ANY, mrope_interleaved=ANY),
+    "mamba2": dict(hidden_act=SILU, use_bias=EITHER, use_conv_bias=EITHER),
+    "mamba_ssm": dict(layer=["Mamba2"], rmsnorm=[True], rms_norm=[True], norm_before_gate=[False],
+                      D_has_hdim=[False], d_ssm=[], d_intermediate=[0], attn_layer_idx=[[]]),
+    "rwkv7": dict(hidden_act=["sqrelu", "relu2"], norm_first=[True], norm_bias=[True], attn=[{}]),
+}
 
 
-real = functools.partial(number, kind=float, most=10**12)
-layers_of = functools.partial(number, name="num_hidden_layers", most=1000)
+def check_implemented(c: dict, kind: str):
+    """Raise InputError for a key of a config that asks for what is not implemented here."""
+    for name, x in c.items():
+        values = IMPLEMENTED[kind].get(name, [] if kind == "rope" else ANY)
+        require(values is ANY or x in values, f"config.json: {name} is {x!r:.40}; implemented "
+                f"here: {values or 'none'}")
 
 
-def build_qwen(c: dict, D: int) -> tuple:
-    """Qwen3.5: Gated DeltaNet, with gated attention in every 4th layer."""
+def build_qwen(c, D):
+    """Make Qwen3.5: Gated DeltaNet, with gated attention in every 4th layer."""
+    rope = present(c.get("rope_scaling")) or present(c.get("rope_parameters"))  # as transformers
+    check_implemented(rope, "rope")
+    c = c | rope
     eps, n = real(c, "rms_norm_eps", 1e-6), layers_of(c)
-    every = number(c, "full_attention_interval", 4)
-    heads, key_heads, inner = numbers(
-        c, "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    size, rope = number(c, "head_dim", max(1, D // heads)), c.get("rope_parameters") or c
-    require(rope.get("rope_type", "default") == "default", "config.json: only rope_type default")
-    part = real(rope, "partial_rotary_factor", c.get("partial_rotary_factor", 0.25), most=1)
-    theta, conv_width = real(rope, "rope_theta"), number(c, "linear_conv_kernel_dim", 4, most=64)
-    linear_sizes = numbers(c, "linear_num_key_heads", "linear_num_value_heads",
-                           "linear_key_head_dim", "linear_value_head_dim")
+    every = positive(c, "full_attention_interval", 4)
+    heads, key_heads, inner = (positive(c, name) for name in (
+        "num_attention_heads", "num_key_value_heads", "intermediate_size"))
+    size = positive(c, "head_dim", max(1, D // heads))
+    rotary = int(size * real(c, "partial_rotary_factor", 0.25, most=1))
+    require(rotary % 2 == 0, f"config.json: partial_rotary_factor rotates {rotary} channels of "
+            f"{size}; they must be even")
+    theta, conv_width = real(c, "rope_theta"), positive(c, "linear_conv_kernel_dim", 4, most=64)
+    sizes = [positive(c, f"linear_{name}") for name in (
+        "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")]
     kinds = ("linear_attention", "full_attention")
     types = c.get("layer_types") or [kinds[i % every == 0] for i in range(1, n + 1)]
     require(len(types) == n and all(kind in kinds for kind in types),
@@ -822,38 +824,38 @@ def build_qwen(c: dict, D: int) -> tuple:
     blocks = []
     for kind in types:
         if kind == "full_attention":
-            mixer = GatedAttention(D, heads, key_heads, size, int(size * part), theta, eps)
+            mixer = GatedAttention(D, heads, key_heads, size, rotary, theta, eps)
         else:
-            mixer = GatedDeltaNet(D, *linear_sizes, conv_width, eps)
+            mixer = GatedDeltaNet(D, *sizes, conv_width, eps)
         norm1, norm2 = RMSNorm(D, eps, 1.0), RMSNorm(D, eps, 1.0)
         blocks.append(Block(mixer, norm1, GatedMLP(D, inner), norm2))
     return blocks, RMSNorm(D, eps, 1.0)
 
 
-def build_mamba2(c: dict, D: int) -> tuple:
-    """Mamba-2: one mixer per block, no MLP."""
-    eps, limit = real(c, "layer_norm_epsilon", 1e-5), c.get("time_step_limit", (0.0, math.inf))
+def build_mamba2(c, D):
+    """Make Mamba-2: one mixer per block, no MLP."""
+    eps, limit = real(c, "layer_norm_epsilon", 1e-5), c.get("time_step_limit", (0, math.inf))
     low, high = (float(x["__float__"] if isinstance(x, dict) else x) for x in limit)
-    require(0 <= low <= high, f"config.json: time_step_limit is {low}, {high}, not ordered")
-    sizes = numbers(c, "num_heads", "n_groups", "state_size", "head_dim")
-    sizes.append(number(c, "conv_kernel", 4, most=64))
-    biases = bool(c.get("use_bias", False)), bool(c.get("use_conv_bias", True))
+    require(0 <= low <= min(high, 1e6), f"config.json: time_step_limit is {low}, {high}; must be "
+            "two steps, from 0 on, in order")
+    sizes = [positive(c, name) for name in ("num_heads", "n_groups", "state_size", "head_dim")]
+    sizes.append(positive(c, "conv_kernel", 4, most=64))
+    biases = c.get("use_bias", False), c.get("use_conv_bias", True)
     blocks = [Block(Mamba2(D, *sizes, eps, (low, high), *biases), RMSNorm(D, eps))
               for _ in range(layers_of(c))]
     return blocks, RMSNorm(D, eps)
 
 
-RANKS = {"w": "decay", "a": "a", "v": "v", "g": "gate"}  # RWKV-7's low ranks in configs
-
-
-def build_rwkv7(c: dict, D: int) -> tuple:
-    """RWKV-7: time and channel mixing, LayerNorms with bias, one more after the embedding."""
-    K, eps = number(c, "head_dim", 64), real(c, "norm_eps", 1e-5)
-    require(not c.get("attn"), "config.json: attn asks for attention layers; take a pure RWKV-7")
-    ranks = {letter: number(c, name + "_low_rank_dim") for letter, name in RANKS.items()}
-    norm, inner = functools.partial(nn.LayerNorm, D, eps), number(c, "intermediate_size", 4 * D)
+def build_rwkv7(c, D):
+    """Make RWKV-7: time and channel mixing, LayerNorms with bias, one more after the embedding."""
+    K, eps, n = positive(c, "head_dim", 64), real(c, "norm_eps", 1e-5), layers_of(c)
+    value = c.get("value_dim", D)
+    require(value in (D, [D] * n), f"config.json: value_dim is {value!r:.40}; implemented here: "
+            f"{D} in each layer, as wide as the keys")
+    ranks = {letter: positive(c, name + "_low_rank_dim") for letter, name in RANKS.items()}
+    norm, inner = functools.partial(nn.LayerNorm, D, eps), positive(c, "intermediate_size", 4 * D)
     blocks = []
-    for i in range(layers_of(c)):
+    for i in range(n):
         mixer = RWKV7(D, whole_ratio(D, K), K, K, ranks, i == 0, K * eps)
         blocks.append(Block(mixer, norm(), ChannelMix(D, inner), norm()))
     return blocks, norm(), norm()
@@ -861,71 +863,62 @@ def build_rwkv7(c: dict, D: int) -> tuple:
 
 BUILDERS = {"qwen3_5": ("gdn", build_qwen), "qwen3_5_text": ("gdn", build_qwen),
             "mamba2": ("mamba2", build_mamba2), "rwkv7": ("rwkv7", build_rwkv7)}
-OTHERS = {"qwen3_next": "Qwen3-Next, whose projections are packed", "rwkv": "RWKV-4",
-          "mamba": "Mamba-1, which has no heads", "rwkv5": "RWKV-5", "rwkv6": "RWKV-6"}
 
 
 def build(config: dict) -> LanguageModel:
-    """An untrained model of the shape that a flat config.json describes. Raises InputError."""
-    kind = str(config.get("model_type"))
-    what = OTHERS.get(kind, "unknown")
-    require(kind in BUILDERS,
-            f"model_type {kind:.40} is not supported ({what}); supported: {', '.join(BUILDERS)}")
-    architecture, blocks_of = BUILDERS[kind]
-    with reading("config.json", "is it this model's?"):
-        D, vocab = numbers(config, "hidden_size", "vocab_size")
-        tied = config.get("tie_word_embeddings", False)
-        return LanguageModel(architecture, vocab, D, *blocks_of(config, D), tied=tied)
+    """Make an untrained model of the shape that a flat config.json describes, or InputError."""
+    with as_input_error("config.json", "is it this model's?"):
+        c, kind = present(config), str(config.get("model_type"))
+        require(kind in BUILDERS, f"model_type {kind:.40} is not supported; {', '.join(BUILDERS)} "
+                "are (not Mamba-1, RWKV-4 to 6, Qwen3-Next or a mixture of experts)")
+        architecture, blocks_of = BUILDERS[kind]
+        check_implemented(c, "any")
+        check_implemented(c, architecture)
+        D, vocab = positive(c, "hidden_size"), positive(c, "vocab_size")
+        tied = c.get("tie_word_embeddings", False)
+        return LanguageModel(architecture, vocab, D, *blocks_of(c, D), tied=tied)
 
 
 # ---- 9. Checkpoints: every layout of the hub ends here ----
 #: Beginnings of names, ours and the checkpoints': the model's, and those inside a block.
 HUB_NAMES = {
-    "gdn": {
-        "embedding": "model.embed_tokens", "layers": "model.layers",
-        "norm1": "input_layernorm", "norm2": "post_attention_layernorm", "norm": "model.norm",
-        "mixer.q_": "self_attn.q_", "mixer.k_": "self_attn.k_", "mixer.v_": "self_attn.v_",
-        "mixer.o_": "self_attn.o_", "mixer": "linear_attn",
-    },
-    "mamba2": {
-        "embedding": "backbone.embeddings", "layers": "backbone.layers",
-        "norm1": "norm", "norm": "backbone.norm_f",
-    },
-    "rwkv7": {
-        "embedding": "model.embeddings", "layers": "model.layers",
-        "embed_norm": "model.layers.0.pre_norm", "norm1": "attn_norm", "norm2": "ffn_norm",
-        "norm": "model.norm", "mlp": "ffn", "mixer.out_proj": "attn.o_proj",
-        "mixer.w_lora": "attn.w_lora.lora", "mixer.a_lora": "attn.a_lora.lora",
-        "mixer.v_lora": "attn.v_lora.lora", "mixer.g_lora": "attn.g_lora.lora", "mixer": "attn",
-    },
+    "gdn": {"embedding": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm",
+            "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+            "mixer.q_": "self_attn.q_", "mixer.k_": "self_attn.k_", "mixer.v_": "self_attn.v_",
+            "mixer.o_": "self_attn.o_", "mixer": "linear_attn"},
+    "mamba2": {"embedding": "backbone.embeddings", "layers": "backbone.layers", "norm1": "norm",
+               "norm": "backbone.norm_f", "mixer.skip": "mixer.D"},
+    "rwkv7": {"embedding": "model.embeddings", "layers": "model.layers", "norm": "model.norm",
+              "embed_norm": "model.layers.0.pre_norm", "norm1": "attn_norm", "norm2": "ffn_norm",
+              "mixer.w_lora": "attn.w_lora.lora", "mixer.a_lora": "attn.a_lora.lora",
+              "mixer.v_lora": "attn.v_lora.lora", "mixer.g_lora": "attn.g_lora.lora",
+              "mixer.out_proj": "attn.o_proj", "mixer": "attn", "mlp": "ffn"},
 }
 PICKLE = "a pickle, which can run code when it is opened; take a safetensors conversion"
-SIGNS = {b"\x80": PICKLE, b"PK\x03\x04": PICKLE, b"<": "a web page; download the file itself",
-         b"version https://git-lfs": "a git-LFS pointer, not the file; fetch it with git lfs pull"}
 
 
 def hub_name(architecture: str, name: str) -> str:
-    """Our parameter's name -> its name in a checkpoint."""
+    """Turn our parameter's name into its name in a checkpoint."""
     table, block = HUB_NAMES[architecture], ""
     if name.startswith("layers."):
         _, i, name = name.split(".", 2)
         block = f"{table['layers']}.{i}."
-    for ours, theirs in table.items():
+    for ours in sorted(table, key=len, reverse=True):  # norm1 before norm
         if name.startswith(ours):
-            return block + theirs + name[len(ours) :]
+            return block + table[ours] + name[len(ours) :]
     return block + name
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies on the disk."""
+    """Say where a tensor lies on the disk."""
     file: str
     name: str
     shape: list[int]
     part: int | None = None  # its row, where RWKV-7's six mixes are packed in one tensor
 
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """The tensor, alone: its file is opened for it and closed, so nothing is held twice."""
-        with reading(self.file), safetensors.safe_open(self.file, "pt") as f:
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        """Load the tensor, alone: its file is opened and closed, so nothing is held twice."""
+        with as_input_error(self.file), safetensors.safe_open(self.file, "pt") as f:
             x = f.get_tensor(self.name)
             x = (x if self.part is None else x[self.part]).to(dtype, copy=True)
         low, high = map(float, x.aminmax())  # without the copies that isfinite makes
@@ -934,32 +927,30 @@ class Stored(NamedTuple):
         return x
 
 
-def load(name_or_path: str, device: str | torch.device = "cpu",
-         dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """A model from a folder or a hub id ("Qwen/Qwen3.5-0.8B"): config.json and safetensors.
+def load(name_or_path: str, device="cpu", dtype=torch.float32) -> LanguageModel:
+    """Load a model from a folder or a hub id ("Qwen/Qwen3.5-0.8B"): config.json and safetensors.
 
-    Reads Qwen3.5 (also the multimodal layout), Mamba-2 (transformers' and mamba_ssm's names) and
-    RWKV-7 (fla's). dtype: of the weights; the recurrence is fp32 always. Memory: the weights in
-    dtype, and one tensor more. Runs no code from the checkpoint. Raises InputError, one line, for
-    whatever is wrong with name, network, config or tensors.
+    Reads Qwen3.5 (also multimodal), Mamba-2 (transformers' or mamba_ssm's names), RWKV-7 (fla's).
+    Runs no code from the checkpoint; holds the weights in dtype, and one tensor more. Raises
+    InputError for whatever is wrong with name, network, config or tensors.
     """
     folder = find_folder(str(name_or_path))
     config = read_json(os.path.join(folder, "config.json"))
     stored, chosen = find_tensors(folder), {}
-    with reading(folder, "are config.json and weights this model's?"), torch.device("meta"):
+    with as_input_error(folder, "are config.json and weights this model's?"), torch.device("meta"):
         model = build(complete_config(config, stored))  # shapes only: no memory yet
     for ours, parameter in model.named_parameters():
         theirs = hub_name(model.architecture, ours)
-        require(theirs in stored, f"{folder}: tensor {theirs} is missing; download it again")
+        require(theirs in stored, f"{folder}: tensor {theirs} is missing: an unfinished download, "
+                "an MLX conversion, or other names than transformers', mamba_ssm's or fla's?")
         shape, asked = stored[theirs].shape, list(parameter.shape)
-        fits = [n for n in shape if n > 1] == [n for n in asked if n > 1]  # x_r may be [1, 1, D]
-        require(fits, f"{folder}: tensor {theirs} is {shape}, config.json asks for {asked}")
+        mix = ".x_" in theirs and math.prod(shape) == math.prod(asked)  # [D] or [1, 1, D]
+        require(shape == asked or mix, f"{folder}: tensor {theirs} is {shape}, config.json asks "
+                f"for {asked}: not of one model, or an MLX conversion (whose norms differ, too)?")
         chosen[ours] = stored.pop(theirs)
-    if model.lm_head is None:
-        stored.pop("lm_head.weight", None)
-    require(not stored, f"{folder}: unexpected tensor {min(stored, default='')} ({len(stored)} in "
-            "all); the known layouts have no such name")
-    weights = {name: chosen[name].read(dtype).view(parameter.shape)
+    require(not stored, f"{folder}: unexpected tensor {min(stored, default=''):.80} ({len(stored)} "
+            "in all); the known layouts have no such name")
+    weights = {name: chosen[name].tensor(dtype).view(parameter.shape)
                for name, parameter in model.named_parameters()}
     model.load_state_dict(weights, assign=True)
     model.name, model.folder = str(name_or_path), folder
@@ -967,68 +958,57 @@ def load(name_or_path: str, device: str | torch.device = "cpu",
 
 
 def find_folder(name_or_path: str) -> str:
-    """The folder itself, or a hub id's files, downloaded once into the hub's own cache."""
+    """Return the folder itself, or a hub id's files, downloaded once into the hub's own cache."""
     if os.path.isdir(name_or_path):
         return name_or_path
     require(re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path), f"{name_or_path!r:.100} is neither a "
             "folder nor a hub id (owner/name), nor one of gdn, mamba2, rwkv7")
     import huggingface_hub
-
-    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json",
-              "tokenizer.json", "rwkv_vocab*.txt", "sae*.safetensors"]
-    try:
+    wanted = ["config.json", "model*.safetensors*", "tokenizer.json", "rwkv_vocab*.txt", "*-L*H*"]
+    advice = "check the name, your access and the network, or give a folder"
+    with as_input_error(f"{name_or_path:.60}", advice, "fetched"):
         return huggingface_hub.snapshot_download(name_or_path, allow_patterns=wanted)
-    except Exception as error:  # the hub's library, its network library or the disk
-        why = f"{type(error).__name__:.30}"
-        raise InputError(f"{name_or_path:.60} could not be fetched ({why}); check the name, your "
-                         "access and the network, or give a folder") from None
 
 
-def check_file(path: str):
-    """Raise InputError unless path is a file that may be what its name says."""
+def check_file(path: str, most: float = math.inf):
+    """Raise InputError unless path is a regular file of such a size, and maybe what it says."""
     require(os.path.isfile(path), f"{path}: is missing, or no file; is the download complete?")
-    with reading(path), open(path, "rb") as f:
-        start = f.read(100)
-    if start[4:8] != bytes(4):  # safetensors begin with a length in 8 bytes, far below 4 GB
-        for sign, what in SIGNS.items():
-            require(not start.startswith(sign), f"{path}: is {what}")
+    with as_input_error(path), open(path, "rb") as f:
+        start, size = f.read(9), os.path.getsize(path)
+    require(size <= most, f"{path}: has {size:,} bytes, allowed are {most:,}")
+    require(start != b"version h", f"{path}: is a git-LFS pointer; fetch the file by git lfs pull")
 
 
 def read_json(path: str) -> dict:
-    """A JSON object from a file. Raises InputError."""
-    check_file(path)
-    require(os.path.getsize(path) < 10**8, f"{path}: has over 100 MB, too much for a config")
-    with reading(path), open(path, encoding="utf-8") as f:
+    """Read a JSON object from a file. Raises InputError."""
+    check_file(path, most=10**8)
+    with as_input_error(path), open(path, encoding="utf-8") as f:
         content = json.load(f)
     require(isinstance(content, dict), f"{path}: holds no JSON object; download it again")
     return content
 
 
 def find_files(folder: str) -> list[str]:
-    """A folder's safetensors files: model.safetensors, or the shards of its index."""
+    """Find a folder's safetensors files: model.safetensors, else the shards of its index."""
     index = os.path.join(folder, "model.safetensors.index.json")
+    if os.path.exists(os.path.join(folder, "model.safetensors")):
+        return ["model.safetensors"]  # an index beside it is an older one
     if os.path.exists(index):
-        with reading(index):
-            files = set(read_json(index)["weight_map"].values())
-            sound = all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files)
-        require(files and sound, f"{index}: names what is no safetensors file beside it, maybe one "
-                "outside the folder; download it again")
-        return sorted(files)
-    if not os.path.exists(os.path.join(folder, "model.safetensors")):
-        endings = (".bin", ".pth", ".pt", ".ckpt")
-        pickles = [file for file in sorted(os.listdir(folder)) if file.endswith(endings)]
-        why = f"{pickles[0]} is {PICKLE}" if pickles else "no model.safetensors, no index"
-        raise InputError(f"{folder}: {why}, e.g. AntonV/mamba2-370m-hf or fla-hub/rwkv7-1.5B-world")
-    return ["model.safetensors"]
+        with as_input_error(index):
+            names = set(read_json(index)["weight_map"].values())
+            return sorted(os.path.basename(name) for name in names)  # nothing outside the folder
+    pickles = [x for x in sorted(os.listdir(folder)) if re.search(r"\.(bin|pth?|ckpt)$", x)]
+    why = f"{pickles[0]} is {PICKLE}" if pickles else "no model.safetensors, no index"
+    raise InputError(f"{folder}: {why}, e.g. AntonV/mamba2-370m-hf or fla-hub/rwkv7-1.5B-world")
 
 
 def find_tensors(folder: str) -> dict[str, Stored]:
-    """Every tensor of a folder's safetensors files by a uniform name; only headers are read."""
+    """Find every tensor of a folder by a uniform name; only the files' headers are read."""
     found = {}
     for file in find_files(folder):
         path = os.path.join(folder, file)
         check_file(path)
-        with reading(path), safetensors.safe_open(path, "pt") as f:
+        with as_input_error(path), safetensors.safe_open(path, "pt") as f:
             for name in f.keys():
                 uniform = name.replace("model.language_model.", "model.")
                 uniform = uniform.replace("backbone.embedding.", "backbone.embeddings.")
@@ -1038,7 +1018,6 @@ def find_tensors(folder: str) -> dict[str, Stored]:
                 shape, dtype = list(header.get_shape()), header.get_dtype()
                 require(dtype in ("F16", "BF16", "F32", "F64"), f"{path}: tensor {name:.80} holds "
                         f"{dtype}; allowed are floating-point weights, not quantised ones")
-                require(uniform not in found, f"{path}: {name:.80} stands twice; download it again")
                 if uniform.endswith(".attn.x_x"):  # RWKV-7's mixes, [6, ..., D]
                     for i, c in enumerate("rwkvag"):
                         found[uniform[:-1] + c] = Stored(path, name, shape[1:], i)
@@ -1047,120 +1026,132 @@ def find_tensors(folder: str) -> dict[str, Stored]:
     return found
 
 
-def complete_config(config: dict, stored: dict[str, Stored]) -> dict:
-    """A flat config, with what it leaves to the tensors' shapes: whether the head is tied,
-    mamba_ssm's sizes, RWKV-7's ranks."""
-    c = {**config, **config.get("text_config", {})}
-    if "ssm_cfg" in c:  # mamba_ssm's config.json
-        layer, ssm = "backbone.layers.0.mixer.", c["ssm_cfg"]
-        require(ssm.get("layer") == "Mamba2", f"config.json: ssm_cfg is of {OTHERS['mamba']}")
-        inner, groups = stored[layer + "out_proj.weight"].shape[1], number(ssm, "ngroups", 1)
-        (heads,), conv = stored[layer + "dt_bias"].shape, stored[layer + "conv1d.weight"].shape
-        c |= dict(model_type="mamba2", hidden_size=c["d_model"], num_hidden_layers=c["n_layer"],
-                  num_heads=heads, head_dim=inner // heads, n_groups=groups, conv_kernel=conv[-1],
-                  state_size=(conv[0] - inner) // (2 * groups),
-                  vocab_size=stored["backbone.embeddings.weight"].shape[0])
-        config = dict(tie_word_embeddings=c.get("tie_embeddings", True))
+def complete_config(config: dict, stored: dict) -> dict:
+    """Make a config flat, and take from the tensors what it leaves to them or says wrongly."""
+    config = present(config)
+    c = config | present(config.get("text_config"))
+    if "ssm_cfg" in c:
+        c = from_mamba_ssm(c, present(c["ssm_cfg"]), stored)
     if c.get("model_type") == "rwkv7":
         for letter, name in RANKS.items():
             layer = 1 if letter == "v" else 0  # layer 0 has no v_lora
             theirs = f"model.layers.{layer}.attn.{letter}_lora.lora.0.weight"
             c[name + "_low_rank_dim"] = stored[theirs].shape[0] if layer < layers_of(c) else 1
         c["intermediate_size"] = stored["model.layers.0.ffn.key.weight"].shape[0]
-    tied = config.get("tie_word_embeddings", c.get("tie_word_embeddings", False))
-    return c | dict(tie_word_embeddings=tied or "lm_head.weight" not in stored)
+        c.setdefault("head_dim", stored["model.layers.0.attn.r_k"].shape[-1])
+    own = "lm_head.weight" in stored  # counts more than what is said, as in transformers
+    said = {x.get("tie_word_embeddings", c.get("tie_word_embeddings", False)) for x in (config, c)}
+    require(said in ({True}, {False}) or own, f"config.json: tie_word_embeddings is {said}, and "
+            "lm_head.weight is not stored; must be true or false")
+    return c | dict(tie_word_embeddings=said != {False} and not own)
 
 
-def save_then_rename(write: Callable[[str], None], path: str):
-    """Call write(a temporary path of this process), then rename: the file is there whole or not at
-    all. Raises InputError where it cannot be written."""
-    temporary = f"{path}.{os.getpid()}.part"
+def from_mamba_ssm(c, ssm, stored):
+    """Bring mamba_ssm's own config.json under transformers' names, with sizes from the tensors."""
+    check_implemented(dict(layer="Mamba1") | c | ssm, "mamba_ssm")
+    layer, D, groups = "backbone.layers.0.mixer.", c["d_model"], positive(ssm, "ngroups", 1)
+    (heads,), conv = stored[layer + "dt_bias"].shape, stored[layer + "conv1d.weight"].shape
+    inner = stored[layer + "out_proj.weight"].shape[1]
+    V, K = whole_ratio(inner, heads), whole_ratio(conv[0] - inner, 2 * groups)
+    require(ssm.get("d_state", K) == K, f"config.json: d_state is {ssm.get('d_state')!r:.40}, by "
+            f"the tensors and ngroups it is {K}")
+    return c | dict(
+        model_type="mamba2", hidden_size=D, num_hidden_layers=c["n_layer"], num_heads=heads,
+        n_groups=groups, state_size=K, head_dim=V, conv_kernel=conv[-1],
+        vocab_size=stored["backbone.embeddings.weight"].shape[0], use_bias=ssm.get("bias"),
+        use_conv_bias=ssm.get("conv_bias"), time_step_limit=ssm.get("dt_limit"),
+        tie_word_embeddings=c.get("tie_embeddings", True))
+
+
+def check_writable(path: str) -> tuple[str, int]:
+    """Raise InputError unless a file can be written here: to be asked before a long work, too.
+    Returns where the path leads, over links, and the permissions that the umask gives there."""
+    with as_input_error(path, "give another place", "written"):
+        target = os.path.realpath(path)
+        new = os.path.basename(path) and not os.path.lexists(target)
+        require(new or os.path.isfile(target), f"{path}: is a folder, a device or a pipe, no "
+                "regular file; give another place")
+        with open(f"{target}.{os.getpid()}.part", "wb") as f:
+            os.remove(f.name)
+            return target, os.fstat(f.fileno()).st_mode
+
+
+@contextlib.contextmanager
+def whole_file(path: str):
+    """Give a temporary path to write to, then rename it: the file is there whole or not at all."""
+    target, mode = check_writable(path)
+    temporary = f"{target}.{os.getpid()}.part"
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # a full disk is any
-        why = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"{path}: cannot be written ({why:.80}); give another place") from None
+        with as_input_error(path, "give another place", "written"):
+            yield temporary
+            os.chmod(temporary, mode)  # safetensors alone would leave 0600
+            os.replace(temporary, target)
     finally:
-        if os.path.exists(temporary):
+        with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
 
 
-def make_folder(path: str):
-    """The folder, if it is not there yet. Raises InputError where it cannot be made."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: no folder can be made there ({error.strerror}); give another "
-                         "place") from None
-
-
-def write_text(path: str, text: str):
-    """Write a text file whole or not at all."""
-
-    def write(temporary: str):
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(text)
-
-    save_then_rename(write, path)
-
-
-def save(model: LanguageModel, config: dict, folder: str, dtype: torch.dtype = torch.float32):
-    """Write config.json and model.safetensors in the hub's layout, for `load` and transformers."""
-    make_folder(folder)
+def save(model: LanguageModel, config: dict, folder: str, dtype=torch.float32):
+    """Write config.json and model.safetensors in the hub's layout, for `load` and the hub's own.
+    The weights come last: a folder left half-way holds no model (write its tokenizer before)."""
+    with as_input_error(folder, "give another place", "made a folder"):
+        os.makedirs(folder, exist_ok=True)
     weights = {hub_name(model.architecture, name): p.detach().cpu().to(dtype).contiguous()
                for name, p in model.named_parameters()}
-    write = functools.partial(safetensors.torch.save_file, weights, metadata={"format": "pt"})
-    save_then_rename(write, os.path.join(folder, "model.safetensors"))
+    for name, x in weights.items():
+        require(bool(x.isfinite().all()), f"tensor {name} holds NaN or Inf, as {dtype}: not saved")
     config = {**config, "dtype": str(dtype).removeprefix("torch.")}
-    write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=1))
+    with whole_file(os.path.join(folder, "model.safetensors")) as temporary:
+        safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
+        with whole_file(os.path.join(folder, "config.json")) as beside:
+            with open(beside, "w", encoding="utf-8") as f:
+                json.dump(config, f, indent=1)
 
 
 # ---- 10. Text in and out, through the checkpoint's own tokenizer ----
 class Tokenizer(NamedTuple):
-    """Two functions."""
+    """Hold two functions, and how far the ids go."""
     encode: Callable[[str], list[int]]  # text -> ids, no special tokens added
     decode: Callable[[list[int]], str]  # ids -> text, special tokens shown
+    last_id: int = 0  # the largest
 
 
 def load_tokenizer(model: LanguageModel) -> Tokenizer:
-    """The tokenizer beside the model's weights. Raises InputError if there is none that fits."""
+    """Load the tokenizer beside the model's weights. Raises InputError if none fits."""
     require(model.folder is not None, "this model was not loaded from a folder: no tokenizer")
-    pattern = r"tokenizer\.json|rwkv_vocab.*\.txt"
-    names = sorted(name for name in os.listdir(model.folder) if re.fullmatch(pattern, name))
-    require(names, f"{model.folder}: neither tokenizer.json nor rwkv_vocab_v20230424.txt; put the "
-            "model's tokenizer there")
-    path = os.path.join(model.folder, names[-1])  # tokenizer.json, if both are there
-    check_file(path)
-    with reading(path, "download it again"):
+    with as_input_error(model.folder):
+        pattern = r"tokenizer\.json|rwkv_vocab.*\.txt"
+        names = [name for name in os.listdir(model.folder) if re.fullmatch(pattern, name)]
+    require(names, f"{model.folder}: neither tokenizer.json nor rwkv_vocab_v20230424.txt is there")
+    path = os.path.join(model.folder, max(names))  # tokenizer.json, if both are there
+    check_file(path, most=10**8)
+    with as_input_error(path, "download it again"):
         make = hub_tokenizer if path.endswith(".json") else world_tokenizer
-        tokenizer, most = make(path)
-        sound = len(tokenizer.encode("a")) > 0
-    require(most < model.vocab, f"{path}: has ids up to {most}, the embedding {model.vocab} rows; "
-            "is it this model's tokenizer?")
-    require(sound, f"{path}: gives no token for a letter; download it again")
+        tokenizer = make(path)
+        tokenizer.encode("a")[0]  # an empty vocabulary gives no token
+    require(tokenizer.last_id < model.vocab, f"{path}: has ids up to {tokenizer.last_id}, the "
+            f"embedding {model.vocab} rows; is it this model's tokenizer?")
     return tokenizer
 
 
-def hub_tokenizer(path: str) -> tuple[Tokenizer, int]:
-    """A tokenizer.json, through the `tokenizers` library, and its largest id."""
+def hub_tokenizer(path: str) -> Tokenizer:
+    """Load a tokenizer.json, through the `tokenizers` library."""
     import tokenizers
-
     read_json(path)  # says what is wrong with a damaged file
     inner = tokenizers.Tokenizer.from_file(path)
+    inner.no_truncation()
+    inner.no_padding()  # training leaves both in the file
 
-    def encode(text: str) -> list[int]:
-        with reading(path, "download it again"):  # a damaged one may fail at some texts only
+    def encode(text):
+        with as_input_error(path, "is the text Unicode, the file whole?", "used"):
             return inner.encode(text, add_special_tokens=False).ids
 
-    def decode(ids: list[int]) -> str:
-        return inner.decode(ids, skip_special_tokens=False)
-
-    return Tokenizer(encode, decode), max(inner.get_vocab().values())
+    decode = functools.partial(inner.decode, skip_special_tokens=False)
+    return Tokenizer(encode, decode, max(inner.get_vocab().values()))
 
 
-def world_tokenizer(path: str) -> tuple[Tokenizer, int]:
-    """RWKV World's vocabulary, and its largest id: at each point the longest entry that matches.
+def world_tokenizer(path: str) -> Tokenizer:
+    """Load RWKV World's vocabulary: at each point of a text, the longest entry that matches.
     Each line of its file: id, Python literal, number of bytes."""
     bytes_of = {}
     with open(path, encoding="utf-8") as f:
@@ -1171,8 +1162,9 @@ def world_tokenizer(path: str) -> tuple[Tokenizer, int]:
     id_of = {entry: index for index, entry in bytes_of.items()}
     longest = max(map(len, id_of))
 
-    def encode(text: str) -> list[int]:
-        data, ids, at = text.encode(), [], 0
+    def encode(text):
+        with as_input_error(path, "is the text Unicode?", "used"):
+            data, ids, at = text.encode(), [], 0
         while at < len(data):
             n = min(longest, len(data) - at)
             while n > 0 and data[at : at + n] not in id_of:
@@ -1182,7 +1174,7 @@ def world_tokenizer(path: str) -> tuple[Tokenizer, int]:
             at += n
         return ids
 
-    def decode(ids: list[int]) -> str:
+    def decode(ids):
         return b"".join(bytes_of.get(i, b"") for i in ids).decode(errors="replace")
 
-    return Tokenizer(encode, decode), max(bytes_of)
+    return Tokenizer(encode, decode, max(bytes_of))
