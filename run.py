@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import models
 import writesae
-from models import InputError, LanguageModel, require, whole_file
+from models import InputError, LanguageModel, at_least_fp32, require, whole_file
 from writesae import LATER, WriteSAE, bootstrap
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -291,8 +291,10 @@ class Cell:
         """The read metric M_k, M_v, from training text."""
         part = 16 if self.reader.large else 4 if self.args.quick else 1
         tokens = self.reader.windows(METRIC_PASSAGES // part, PASSAGE)
-        how = tokens, EVERYWHERE[::12], self.rng("metric")
+        how, dtype = (tokens, EVERYWHERE[::12], self.rng("metric")), self.model.unembedding.dtype
+        self.model.to(at_least_fp32(self.model.unembedding[:1]).dtype)  # bf16 is slow backwards
         M_k, M_v = writesae.read_metric(*self.place, *how)
+        self.model.to(dtype)
         return M_k.cpu(), M_v.cpu()
 
     @functools.cached_property
@@ -1253,9 +1255,9 @@ Write the bodies of these functions, in this order; the docstrings say what each
 
 {}
 
-To install: `pip install torch --index-url https://download.pytorch.org/whl/cpu` (its CPU build will
-do), then `pip install numpy safetensors pytest hypothesis`. To check: `python -m pytest -q`, here.
-A test that fails names the mistake where it knows it. Right when all tests pass.
+To install: `pip install torch numpy safetensors pytest hypothesis` (PyTorch's CPU build will do).
+To check: `python -m pytest -q`, here. A test that fails names the mistake where it knows it. Right
+when all tests pass.
 """
 
 
