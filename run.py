@@ -51,7 +51,7 @@ EVERYWHERE = range(32, PASSAGE - LATER + 1)  # some text before, ten tokens afte
 POSITIONS = EVERYWHERE[::6]  # tested in each passage: 15
 CONTEXT = 512  # tokens of a training window
 WINDOWS = 200  # of them, whose writes dictionaries are learned from; of a large model 50
-METRIC_PASSAGES = 64  # for the read metric, at EVERYWHERE[::12]; of a large model 4
+METRIC_PASSAGES = 64  # for the read metric, at EVERYWHERE[::12]; of a large model 8
 ATOMS = 2048  # the paper's number
 LARGE = 100_000_000  # parameters from which a model is large
 
@@ -289,7 +289,7 @@ class Cell:
     @functools.cached_property
     def metric(self) -> tuple[Tensor, Tensor]:
         """The read metric M_k, M_v, from training text."""
-        part = 16 if self.reader.large else 4 if self.args.quick else 1
+        part = (8 if self.reader.large else 1) * (4 if self.args.quick else 1)
         tokens = self.reader.windows(METRIC_PASSAGES // part, PASSAGE)
         how, dtype = (tokens, EVERYWHERE[::12], self.rng("metric")), self.model.unembedding.dtype
         self.model.to(at_least_fp32(self.model.unembedding[:1]).dtype)  # bf16 is slow backwards
