@@ -1326,7 +1326,7 @@ TEST = CELL + "text passages json "
 COMMANDS = {  # command -> its function, its options, what it does, prints and takes
     "replace": (run_experiment, TEST + "atoms sae plot",
                 "Put a learned atom where a real write was, beside all that it has to beat. Prints "
-                "the ladder of stand-ins; half a minute a model."),
+                "the ladder of stand-ins; one to two minutes a model."),
     "compare": (run_experiment, TEST + "what plot",
                 "Compare dictionaries on the same positions: sizes, several atoms a write "
                 "(active), other kinds (variants). Prints a row for each, and what learning is "
