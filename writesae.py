@@ -463,7 +463,7 @@ def firing_figures(effects, at, at_untrained, index, another) -> dict:
                 strict_order_rate=mean(ordered[at[:, ::4]]), failure_by_quartile=quarters)
 
 
-# ---- C. Other dictionaries, for comparison ----
+# ---- 7. Other dictionaries, for comparison ----
 # New here: several atoms for a write, a dictionary for each side, no dictionary at all. A stand-in
 # of m atoms is a sum of them: key [..., m, K] and value [..., m, V].
 @torch.no_grad()
@@ -638,7 +638,7 @@ def worth(sizes, figures, figure) -> float | None:
     return None
 
 
-# ---- F. Formula: how does an edit move the logits? ----
+# ---- 8. Formula: how does an edit move the logits? ----
 # New here: a ladder of predictions, each rung one factor more; and what a fitted scalar hides.
 RUNGS = ("three factors", "+ erase", "+ gate", "+ scales", "direct path", "full Jacobian",
          "mean of two Jacobians")
@@ -787,7 +787,7 @@ def agreement(y: Tensor, y_hat: Tensor) -> tuple[float, float, float]:
     return (1 - left / spread).item(), slope.item(), mean(y.sign() == y_hat.sign())
 
 
-# ---- S. Steering: edits of the memory after which a token is said ----
+# ---- 9. Steering: edits of the memory after which a token is said ----
 # New here: a key that coming reads weigh most; values found by ascent; an edited input beside it.
 EDITED = 3  # the prompt's last positions: all edits are made there
 FORCED = (1, 4, 8, 12)  # so many new tokens are forced to be what the unedited model says,
@@ -994,7 +994,7 @@ def steering_figures(found: dict[str, Tensor], file: Tensor, rng) -> dict:
                 perplexity=found["nats"].mean().exp().item(), states_change=mean(found["change"]))
 
 
-# ---- A. Atoms: what single ones stand for ----
+# ---- 10. Atoms: what single ones stand for ----
 # New here: where an atom fires, which token it promotes, and edits that put that to the test.
 class Firings(NamedTuple):
     """Hold places in a text and the atom to look at there, a row each."""
