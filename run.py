@@ -69,7 +69,7 @@ def progress(items):
 writesae.progress = progress
 
 
-# ---- Text ----
+# ---- 2. Text ----
 # New here: what every Python installation carries, or the user's own; split by file; as tokens.
 NOT_READ = "test tests site-packages dist-packages encodings idlelib lib2to3 turtledemo pydoc_data"
 MOST_BYTES = 10**8  # of text in a file or a folder
@@ -193,7 +193,7 @@ def tested_windows(tokenizer, training, tested, n: int, T: int, device="cpu"):
     return tokens[chosen].to(device), file[chosen]
 
 
-# ---- 2. Cells: one head of one layer, the text it is tested on, and what is learned for it ----
+# ---- 3. Cells: one head of one layer, the text it is tested on, and what is learned for it ----
 def pick_device(name: str) -> torch.device:
     """Return a device; "auto" is a GPU where there is one. Raises InputError."""
     if name == "auto":
@@ -362,7 +362,7 @@ def check_about(cell: Cell, sae: WriteSAE, path: str):
             say(f"{differs}; going on with it")
 
 
-# ---- 3. The driver of all experiments ----
+# ---- 4. The driver of all experiments ----
 class Experiment(NamedTuple):
     """What a command measures on a cell, and how it is shown."""
     measure: Callable  # cell -> its results (a list of dicts), the lines to print, `draw`'s table
@@ -463,7 +463,7 @@ def save_figure(figure, path: str):
         figure.savefig(temporary, dpi=110, format="png")
 
 
-# ---- 4. replace: the ladder of stand-ins ----
+# ---- 5. replace: the ladder of stand-ins ----
 NEAR_DRAWS = ("as near 1", "as near 2", "as near 3")
 
 
@@ -553,7 +553,7 @@ atom learned by reads (mean effect of three).""",
                      draw=draw_replace)
 
 
-# ---- 5. compare: dictionaries side by side ----
+# ---- 6. compare: dictionaries side by side ----
 # New here: what --what can name, each a generator of (name, metric, number of atoms, how many are
 # active, stand-ins of the tested writes x, y), and what learning is worth.
 SIZES = 256, 1024, 2048, 4096, 16_384
@@ -697,7 +697,7 @@ times as many random writes leave as little, and cover as much.""",
                      f"{'covered':>9}{'unexpl.':>8}{'worth: left, covered':>21}", draw=draw_sizes)
 
 
-# ---- 6. atoms: what single atoms stand for ----
+# ---- 7. atoms: what single atoms stand for ----
 def few(at: writesae.Firings, which: Tensor, atoms: list[int], most=40) -> writesae.Firings:
     """Take up to so many firings of each atom out of `which` [E], evenly spread over the text."""
     each = [(which & (at.atom == atom)).nonzero()[:, 0] for atom in atoms]
@@ -807,7 +807,7 @@ over eleven steps) when a A is taken out, or added where it does not fire [95 % 
                          " added [95 %]           random", passages=(400, 60), draw=draw_atoms)
 
 
-# ---- 7. formula: what each factor of the logit-change formula is worth ----
+# ---- 8. formula: what each factor of the logit-change formula is worth ----
 def predict_and_measure(cell: Cell):
     """Run the ladder for three edits at firings: predicted, measured. Add the 20 most used atoms at
     four sizes: measured [20, 4, n], predicted by three factors, and drawn at random."""
@@ -882,7 +882,7 @@ over sizes: by one scalar for each passage, atom and token (the paper's R², med
     " " * 36 + "  small: R²     slope     sign   swap: R² delete: R²", (100, 8), draw_formula)
 
 
-# ---- 8. steer: edits of the memory after which a token is said ----
+# ---- 9. steer: edits of the memory after which a token is said ----
 def check_steer(args):
     """Raise InputError for options that do not go together."""
     require("all" not in (args.layer, args.head), "steer: one --layer, one --head; or --reach all")
@@ -970,7 +970,7 @@ ascent; states alone: all else unedited).  residual: of the input, by ascent, in
     f"{'':35}persists: 1 {'4':12}{'8':12}{'12':7}appears states ppl", (40, 8), draw_steer)
 
 
-# ---- 9. train: learn dictionaries and keep them ----
+# ---- 10. train: learn dictionaries and keep them ----
 def train(cell: Cell):
     """Learn a cell's dictionary, or find it in --sae, and say how much of the tested text it
     covers. Each is kept as soon as it is there; those that are there are left as they are."""
@@ -987,7 +987,7 @@ cosine of a write and its atom is 0.71 or more.""",
                    f"{'cell':24}{'atoms':>8}{'covered':>9}  kept in")
 
 
-# ---- pretrain: an embedded model from nothing, small enough for two CPU cores ----
+# ---- 11. pretrain: an embedded model from nothing, small enough for two CPU cores ----
 BATCH = 8  # windows a step: with Muon, many small steps are the better use of a CPU's hours
 REPORT_EVERY = 200  # steps
 PEAK_LR = 1.2e-2  # of both optimisers, after a short warm-up; then linearly to zero
@@ -1150,7 +1150,7 @@ def pretrain(args) -> int:
     return 0
 
 
-# ---- 10. assignment: functions emptied, with the tests that grade them ----
+# ---- 12. assignment: functions emptied, with the tests that grade them ----
 ASSIGNMENTS = {  # name: function, file, minutes; where a paragraph of its docstring gives the
     # solution away: words of that paragraph, and what stands in its place
     "recurrence": ("recurrence", "models.py", 20),
@@ -1267,7 +1267,7 @@ EXPERIMENTS = {
 }
 
 
-# ---- 11. The command line ----
+# ---- 13. The command line ----
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as one line."""
     def error(self, message: str):
