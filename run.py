@@ -21,6 +21,7 @@ import ast
 import datetime
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -363,21 +364,22 @@ def check_about(cell: Cell, sae: WriteSAE, path: str):
 
 
 # ---- 4. The driver of all experiments ----
-class Experiment(NamedTuple):
-    """What a command measures on a cell, and how it is shown."""
-    measure: Callable  # cell -> its results (a list of dicts), the lines to print, `draw`'s table
-    legend: str  # printed once, above the table
-    heading: str
+class Command(NamedTuple):
+    """What a command does. An experiment measures one cell; others do all their work themselves.
+    The function's docstring is its --help, and is printed above an experiment's table."""
+    function: Callable  # cell -> results (dicts), lines to print, a table for `draw`; args -> status
+    options: str
+    heading: str = ""  # of an experiment's table
     passages: tuple[int, int] = (176, 12)  # how many are tested, and with --quick
     draw: Callable | None = None  # all cells' results and tables, two lists -> a figure
 
 
-def measured(experiment: Experiment, args, job: tuple, heads: list[int], reader: Reader):
+def measured(measure: Callable, job: tuple, heads: list[int], reader: Reader):
     """Measure one cell: its results, lines, table; or None, the reason, None."""
     name, layer, head = job
     began, place = time.time(), dict(model=name, layer=layer, head=head)
     try:
-        results, lines, table = experiment.measure(Cell(reader, layer, head, heads))
+        results, lines, table = measure(Cell(reader, layer, head, heads))
     except (InputError, RuntimeError) as error:  # such as a GPU that is too small
         return None, f"error: {name} L{layer}H{head}: {error!s:.500}", None
     results = [no_nan(place | r) for r in results]
@@ -403,9 +405,9 @@ def gathered(found, rank: int, processes: int) -> list:
     return everything or []
 
 
-def run_experiment(args) -> int:
+def run_experiment(experiment: Command, args) -> int:
     """Measure all cells, in rounds of one cell a process; print and write each as it is there."""
-    experiment, shown, failed = EXPERIMENTS[args.command], [], 0
+    shown, failed = [], 0
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:  # under torchrun: all join now, and may wait long for one another
         long = datetime.timedelta(days=30)
@@ -422,28 +424,25 @@ def run_experiment(args) -> int:
                 say(f"{args.command} {name}: {len(reader.tokens)} passages of {PASSAGE} tokens, "
                     f"{reader.model.device}, seed {args.seed}")
             heads = [job[2] for job in mine if job[:2] == (name, layer)]
-            found = measured(experiment, args, mine[i], heads, reader)
+            found = measured(experiment.function, mine[i], heads, reader)
         for results, lines, table in filter(None, gathered(found, rank, processes)):
             if results is None:
                 say(lines)
                 failed += 1
                 continue
             if not shown and not args.prompt:
-                print(f"{experiment.legend}\n\n{experiment.heading}")
+                print(f"{inspect.getdoc(experiment.function)}\n\n{experiment.heading}")
             print("\n".join(lines), flush=True)
             shown.append((results, table))
             if args.json:
                 everything = [r for results, _ in shown for r in results]
-                write_text(args.json, json.dumps(everything, indent=1))
+                with whole_file(args.json) as temporary:
+                    Path(temporary).write_text(json.dumps(everything, indent=1), "utf-8")
     if args.plot and shown:
-        save_figure(experiment.draw(*zip(*shown)), args.plot)
+        figure = experiment.draw(*zip(*shown))
+        with whole_file(args.plot) as temporary:
+            figure.savefig(temporary, dpi=110, format="png")
     return 2 if failed else 0
-
-
-def write_text(path: str, text: str):
-    """Write a text file, whole or not at all."""
-    with whole_file(path) as temporary:
-        Path(temporary).write_text(text, "utf-8")
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73")  # that the colour-blind can tell apart
@@ -455,12 +454,6 @@ def panels(rows: int, columns: int, width: float = 4.2, height: float = 3.6):
 
     figure = Figure((width * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def save_figure(figure, path: str):
-    """Write a figure as a PNG file, whole or not at all."""
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
 
 
 # ---- 5. replace: the ladder of stand-ins ----
@@ -488,7 +481,19 @@ def ladder(cell: Cell, k: Tensor, v: Tensor) -> dict[str, tuple[Tensor, Tensor]]
 
 
 def replace(cell: Cell):
-    """Measure the ladder, and the paper's own figures."""
+    """Take one write of one head out of the state and put a stand-in there: how far do the model's
+    next eleven predictions move (KL in nats)? Half a minute a model.
+
+    left: that effect, summed over positions, as a share of the effect of putting nothing there
+    [95 %, redrawing whole files].  typical: the median of that ratio by position.  won: how often
+    the stand-in's effect is the smaller one.  covered: how often the cosine of stand-in and write
+    is 0.71 or more.
+
+    random direction: a random rank-1 matrix at its best size.  random writes: the nearest of as
+    many writes, drawn from training text, as there are atoms.  learned: the nearest atom.  by
+    reads: near as later reads see it; the others: near as numbers.  as near: a random matrix
+    exactly as near as the atom learned by reads (mean effect of three).
+    """
     positions = cell.positions
     k, v = cell.tested_writes(positions)
     stand_ins = ladder(cell, k, v)
@@ -537,20 +542,6 @@ def draw_replace(results: tuple, tables: tuple):
     names = [row["name"] for row in results[0][0]["rows"]]
     axes[0, 0].set_yticks([-i for i in range(len(names))], names)
     return figure
-
-
-REPLACE = Experiment(replace, """\
-One write of one head is taken out of the state, and a stand-in put there: how far do the model's
-next eleven predictions move (KL in nats)?  left: that effect, summed over positions, as a share of
-the effect of putting nothing there [95 %, redrawing whole files].  typical: the median of that
-ratio by position.  won: how often the stand-in's effect is the smaller one.  covered: how often the
-cosine of stand-in and write is 0.71 or more.
-random direction: a random rank-1 matrix at its best size.  random writes: the nearest of as many
-writes, drawn from training text, as there are atoms.  learned: the nearest atom.  by reads: near as
-later reads see it; the others: near as numbers.  as near: a random matrix exactly as near as the
-atom learned by reads (mean effect of three).""",
-                     f"{'':24}{'left':>7} {'[95 %]':14}{'typical':>9}{'won':>8}{'covered':>9}",
-                     draw=draw_replace)
 
 
 # ---- 6. compare: dictionaries side by side ----
@@ -616,7 +607,14 @@ def variants(cell: Cell, x, y):
 
 
 def compare(cell: Cell):
-    """Test all that --what names at the same positions."""
+    """Compare dictionaries at the same positions: sizes, several atoms a write (active), other
+    kinds (variants). One to five minutes a model.
+
+    left, won, covered: as `replace` has them.  near: in numbers, or as later reads see it.  of: how
+    many of the atoms are active; all are signed and refitted in --what active.  unexplained: share
+    of a write's energy that is left, in that metric, on average.  worth: how many times as many
+    random writes leave as little, and cover as much.
+    """
     what, positions = cell.args.what, cell.positions
     k, v = cell.tested_writes(positions)
     write, metric = (k[..., None, :], v[..., None, :]), dict(numbers=(), reads=cell.metric)
@@ -687,16 +685,6 @@ def draw_sizes(shown: tuple, names: tuple):
     return figure
 
 
-COMPARE = Experiment(compare, """\
-One write of one head is taken out of the state, and a stand-in put there: `replace` says what left,
-won and covered mean.  near: what that means to the dictionary, in numbers, or as later reads see
-it.  of: how many of the atoms are active; all are signed and refitted in --what active.
-unexplained: share of a write's energy that is left, in that metric, on average.  worth: how many
-times as many random writes leave as little, and cover as much.""",
-                     f"  {'':25}{'near':8}{'atoms':>6}{'of':>3}{'left':>7} {'[95 %]':15}{'won':>6}"
-                     f"{'covered':>9}{'unexpl.':>8}{'worth: left, covered':>21}", draw=draw_sizes)
-
-
 # ---- 7. atoms: what single atoms stand for ----
 def few(at: writesae.Firings, which: Tensor, atoms: list[int], most=40) -> writesae.Firings:
     """Take up to so many firings of each atom out of `which` [E], evenly spread over the text."""
@@ -733,8 +721,15 @@ def mean_changes(cell: Cell, changes: dict, here: Tensor) -> tuple[dict, str]:
 
 
 def atoms(cell: Cell):
-    """Describe the most used atoms; name the token that each promotes in every second file, and
-    see in the others what edits do to it."""
+    """Show what the most used atoms stand for: their tokens, their contexts, and what their edits
+    do to the token that they promote. Half a minute a model.
+
+    n, files: how often the atom covers a write (cosine 0.71 or more), in how many files.  on: the
+    token where it does so most, with its share.  promotes: the token it raises most, by the gated
+    formula, in every second file.  removed, added: how log p of that token changes in the other
+    files (nats, mean over eleven steps) when a A is taken out, or added where it does not fire
+    [95 % by file].
+    """
     sae, (k, v) = cell.learned, cell.tested_writes(slice(None))
     inside = torch.isin(torch.arange(PASSAGE), torch.tensor(EVERYWHERE))
     k = k * inside[:, None]  # so that no atom fires outside
@@ -798,15 +793,6 @@ def draw_atoms(results: list, tables: list):
     return figure
 
 
-ATOMS_TABLE = Experiment(atoms, """\
-n, files: how often the atom covers a write (cosine 0.71 or more), in how many files.  on: the token
-where it does so most, with its share.  promotes: the token it raises most, by the gated formula, in
-every second file.  removed, added: how log p of that token changes in the other files (nats, mean
-over eleven steps) when a A is taken out, or added where it does not fire [95 % by file].""",
-                         " atom    n files on            promotes removed [95 %]           random "
-                         " added [95 %]           random", passages=(400, 60), draw=draw_atoms)
-
-
 # ---- 8. formula: what each factor of the logit-change formula is worth ----
 def predict_and_measure(cell: Cell):
     """Run the ladder for three edits at firings: predicted, measured. Add the 20 most used atoms at
@@ -836,7 +822,15 @@ def predict_and_measure(cell: Cell):
 
 
 def formula(cell: Cell):
-    """Measure how right each rung is, and the paper's fit beside random numbers."""
+    """Predict how edits of one head's state move the logits of seven tokens, over eleven steps.
+    Half a minute a model.
+
+    small: an atom, of norm 0.1, is added; swap: it is put in the write's place; delete: the write
+    is taken out.  R²: of predicted = measured, unfitted.  slope: 1 if sizes are right.  sign: share
+    of right signs.  Each rung has one factor more; the Jacobian is exact to first order, the mean
+    of two to second.  fitted over sizes: by one scalar for each passage, atom and token (the
+    paper's R², median of 20 atoms).
+    """
     dtype, atoms = cell.model.unembedding.dtype, len(cell.learned.key)  # learned in that dtype
     if not cell.reader.large:
         cell.model.double()  # so that what a small edit moves stands clear of rounding
@@ -873,15 +867,6 @@ def draw_formula(results, tables):
     return figure
 
 
-FORMULA = Experiment(formula, """\
-How do edits of one head's state move the logits of seven tokens, over eleven steps? small: an atom,
-of norm 0.1, is added; swap: it is put in the write's place; delete: the write is taken out.  R²: of
-predicted = measured, unfitted.  slope: 1 if sizes are right.  sign: share of right signs.  Each
-rung has one factor more; the Jacobian is exact to first order, the mean of two to second.  fitted
-over sizes: by one scalar for each passage, atom and token (the paper's R², median of 20 atoms).""",
-    " " * 36 + "  small: R²     slope     sign   swap: R² delete: R²", (100, 8), draw_formula)
-
-
 # ---- 9. steer: edits of the memory after which a token is said ----
 def check_steer(args):
     """Raise InputError for options that do not go together."""
@@ -913,7 +898,15 @@ def show_text(cell: Cell, heads: list, size: float = 0.5):
 
 
 def steer(cell: Cell):
-    """Steer prompts of 96 tokens in every way, or show one text."""
+    """Edit the memory at a prompt's last three tokens, so that a target of rank 100 to 1000 is said
+    later on; beside it edits of the input. Four minutes a model; a few seconds with --prompt.
+
+    persists: among 12 tokens said after 1, 4, 8 or 12 unedited ones were forced, in % [95 %].
+    appears: among 20 said freely.  states: how far they move, of their norm.  ppl: of the 12 after
+    one, unedited model.  read again: the target is read once more.  Edits of states, `size` native
+    writes: random, formula, memory (by ascent; states alone: all else unedited).  residual: of the
+    input, by ascent, in norms of it.
+    """
     model, reach, heads = cell.model, cell.args.reach, [(cell.layer, cell.head)]
     if reach == "all":
         heads = [(i, j) for i in model.recurrent_layers for j in range(model.layers[i].mixer.heads)]
@@ -961,30 +954,18 @@ def draw_steer(results: tuple, tables: tuple):
     return figure
 
 
-STEER = Experiment(steer, """\
-Edits at a prompt's last three tokens, for a target of rank 100 to 1000.  persists: among 12 tokens
-said after 1, 4, 8 or 12 unedited ones were forced, in % [95 %].  appears: among 20 said freely.
-states: how far they move, of their norm.  ppl: of the 12 after one, unedited model.  read again:
-the target is read once more.  Edits of states, `size` native writes: random, formula, memory (by
-ascent; states alone: all else unedited).  residual: of the input, by ascent, in norms of it.""",
-    f"{'':35}persists: 1 {'4':12}{'8':12}{'12':7}appears states ppl", (40, 8), draw_steer)
-
-
 # ---- 10. train: learn dictionaries and keep them ----
 def train(cell: Cell):
-    """Learn a cell's dictionary, or find it in --sae, and say how much of the tested text it
-    covers. Each is kept as soon as it is there; those that are there are left as they are."""
+    """Learn dictionaries by reads (near as later reads see it) and keep each in --sae as soon as it
+    is there; those that are there are left as they are. Ten seconds a cell.
+
+    covered: how often, on tested text, the cosine of a write and its atom is 0.71 or more.
+    """
     sae = cell.learned
     k, v = cell.tested_writes(POSITIONS)
     covered = writesae.mean(writesae.cosine(*sae(k, v), k, v) >= writesae.COVERED)
     line = f"{cell.name:24}{len(sae.key):8,}{covered:9.1%}  {sae_path(cell)}"
     return [dict(n_atoms=len(sae.key), covered=covered)], [line], None
-
-
-TRAIN = Experiment(train, """\
-Dictionaries learned by reads (near as later reads see it).  covered: how often, on tested text, the
-cosine of a write and its atom is 0.71 or more.""",
-                   f"{'cell':24}{'atoms':>8}{'covered':>9}  kept in")
 
 
 # ---- 11. pretrain: an embedded model from nothing, small enough for two CPU cores ----
@@ -1134,8 +1115,9 @@ def pretrain_one(name: str, folder: str, text: tuple, device: torch.device, args
 
 
 def pretrain(args) -> int:
-    """Train embedded models into args.out/NAME, in the hub's layout. Raises InputError before any
-    work where a model is already (but for --force) or where none can be written."""
+    """Train embedded models from nothing into --out FOLDER/NAME, in the hub's layout, and print
+    their held-out bits per byte. Half an hour a model on two cores. Refused before any work where a
+    model is already (but for --force) or where none can be written."""
     text, device = choose_text(args), pick_device(args.device)
     for name in args.models:
         folder = os.path.join(args.out, name)
@@ -1192,32 +1174,16 @@ def emptied(text: str, name: str) -> str:
 
 
 def tests_of(text: str, names: list[str]) -> str:
-    """Keep of a test file the tests test_NAME_... and what they use, which stands above them."""
-    statements, lines = ast.parse(text).body, text.split("\n")
-    tests, kept, needed, there = tuple(f"test_{name}_" for name in names), [], set(), set()
-    for x in reversed(statements):
-        names_in = [n for n in ast.walk(x) if isinstance(n, ast.Name)]
-        defined = {n.id for n in names_in if isinstance(n.ctx, ast.Store)}
-        if isinstance(x, (ast.FunctionDef, ast.ClassDef)):
-            defined = {x.name}
-        elif isinstance(x, (ast.Import, ast.ImportFrom)):
-            defined = {n.asname or n.name for n in x.names}
-        if defined & needed or any(name.startswith(tests) for name in defined):
-            kept.append(x)
-            there |= defined
-            needed |= {n.id for n in names_in}
-    # And calls at the top of the file, such as torch.set_num_threads(1)
-    kept += [x for x in statements if ast.unparse(x).split(".")[0] in there]
-    found = ""
-    for x in [x for x in statements if x in kept]:
-        start = min([x.lineno, *(d.lineno for d in getattr(x, "decorator_list", []))])
-        gap = "\n\n" if isinstance(x, (ast.FunctionDef, ast.ClassDef)) else ""
-        found += gap + "\n".join(lines[start - 1 : x.end_lineno]) + "\n"
-    return found
+    """Keep of the test file what stands above its ruler, but for the tests of other assignments."""
+    parts = text.split("\n# ====")[0].rstrip("\n").split("\n\n\n")
+    others = [f"def test_{name}_" for name in ASSIGNMENTS if name not in names]
+    kept = [part for part in parts if not any(other in part for other in others)]
+    return "\n\n\n".join(kept) + "\n"
 
 
 def assignment(args) -> int:
-    """Make the folder args.out of exercises, whole or not at all; or list them."""
+    """Make a folder of exercises in --out: copies of the code with the named functions emptied, and
+    the tests that grade them. A second; the folder is made whole or not at all."""
     names = [name for name in ASSIGNMENTS if args.list or name in args.names]
     line = "- {:13} {} in {}, about {} minutes"
     listed = "\n".join(line.format(name, *ASSIGNMENTS[name]) for name in names)
@@ -1259,12 +1225,6 @@ To install: `pip install torch numpy safetensors pytest hypothesis` (PyTorch's C
 To check: `python -m pytest -q`, here. A test that fails names the mistake where it knows it. Right
 when all tests pass.
 """
-
-
-EXPERIMENTS = {
-    "replace": REPLACE, "compare": COMPARE, "atoms": ATOMS_TABLE, "formula": FORMULA,
-    "steer": STEER, "train": TRAIN,
-}
 
 
 # ---- 13. The command line ----
@@ -1323,33 +1283,25 @@ OPTIONS = {  # each option once; the commands below name those that they take
 }
 CELL = "model layer head seed quick device dtype train-text "
 TEST = CELL + "text passages json "
-COMMANDS = {  # command -> its function, its options, what it does, prints and takes
-    "replace": (run_experiment, TEST + "atoms sae plot",
-                "Put a learned atom where a real write was, beside all that it has to beat. Prints "
-                "the ladder of stand-ins; one to two minutes a model."),
-    "compare": (run_experiment, TEST + "what plot",
-                "Compare dictionaries on the same positions: sizes, several atoms a write "
-                "(active), other kinds (variants). Prints a row for each, and what learning is "
-                "worth; two to five minutes a model."),
-    "atoms": (run_experiment, TEST + "atoms sae plot",
-              "Show what the most used atoms stand for. Prints tokens, contexts, and what an "
-              "atom's removal does to the token that it promotes; a minute a model."),
-    "formula": (run_experiment, TEST + "atoms sae plot",
-                "Predict how edits move the logits. Prints how right each formula is, from the "
-                "paper's three factors to the exact second order; a minute a model."),
-    "steer": (run_experiment, TEST + "prompt target reach plot",
-              "Edit the memory so that a token is said later on, beside an edit of the input. "
-              "Prints how often it is, and at what price; four minutes a model, or a few seconds "
-              "with --prompt."),
-    "train": (run_experiment, CELL + "atoms sae",
-              "Learn the dictionaries of cells and keep them in --sae. Prints a row for each; 20 "
-              "seconds a cell, one pass over the text a layer."),
-    "pretrain": (pretrain, "model seed quick device train-text text tokens out force",
-                 "Train an embedded model from nothing into --out. Prints its held-out bits per "
-                 "byte; half an hour a model on two cores."),
-    "assignment": (assignment, "out list",
-                   "Make a folder of exercises in --out: copies of the code with the named "
-                   "functions emptied, and the tests that grade them; a second."),
+REPLACE = f"{'':24}{'left':>7} {'[95 %]':14}{'typical':>9}{'won':>8}{'covered':>9}"
+COMPARE = (f"  {'':25}{'near':8}{'atoms':>6}{'of':>3}{'left':>7} {'[95 %]':15}{'won':>6}"
+           f"{'covered':>9}{'unexpl.':>8}{'worth: left, covered':>21}")
+ATOMS_TABLE = (" atom    n files on            promotes removed [95 %]           random  added "
+               "[95 %]           random")
+FORMULA = f"{'':36}  small: R²     slope     sign   swap: R² delete: R²"
+STEER = f"{'':35}persists: 1 {'4':12}{'8':12}{'12':7}appears states ppl"
+TRAIN = f"{'cell':24}{'atoms':>8}{'covered':>9}  kept in"
+CELL = "model layer head seed quick device dtype train-text "
+TEST = CELL + "text passages json plot "
+COMMANDS = {
+    "replace": Command(replace, TEST + "atoms sae", REPLACE, draw=draw_replace),
+    "compare": Command(compare, TEST + "what", COMPARE, draw=draw_sizes),
+    "atoms": Command(atoms, TEST + "atoms sae", ATOMS_TABLE, (400, 60), draw_atoms),
+    "formula": Command(formula, TEST + "atoms sae", FORMULA, (100, 8), draw_formula),
+    "steer": Command(steer, TEST + "prompt target reach", STEER, (40, 8), draw_steer),
+    "train": Command(train, CELL + "atoms sae", TRAIN),
+    "pretrain": Command(pretrain, "model seed quick device train-text text tokens out force"),
+    "assignment": Command(assignment, "out list"),
 }
 
 
@@ -1358,12 +1310,13 @@ def make_parser() -> Parser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="run.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command, (_, taken, sentence) in COMMANDS.items():
-        p = commands.add_parser(command, description=sentence, allow_abbrev=False)
-        if command == "assignment":
+    for name, command in COMMANDS.items():
+        text = inspect.getdoc(command.function)
+        p = commands.add_parser(name, description=text, formatter_class=raw, allow_abbrev=False)
+        if name == "assignment":
             p.add_argument("names", nargs="*", metavar="NAME", help="a function; see --list")
         for option, how in OPTIONS.items():
-            if option in taken.split():
+            if option in command.options.split():
                 p.add_argument("--" + option, **how)
             else:
                 p.set_defaults(**{option.replace("-", "_"): how.get("default")})
@@ -1379,8 +1332,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     require(one_cell or not one_file, f"--sae {args.sae} is one file, for one cell: name one "
             "--model, --layer and --head, or give a folder")
     require(args.sae or args.command != "train", "train: give --sae, where to keep what is learned")
-    drawn = args.command in EXPERIMENTS and EXPERIMENTS[args.command].draw
-    require(drawn or not args.plot, f"{args.command} draws no picture; leave --plot out")
     require(args.command != "compare" or args.what == "sizes" or not args.plot,
             "--plot draws sizes: leave it out, or give --what sizes")
     if args.command == "steer":
@@ -1400,7 +1351,8 @@ def main(argv: list[str]) -> int:
         stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Greek
     try:
         args = parse(argv)
-        status = COMMANDS[args.command][0](args)
+        command = COMMANDS[args.command]
+        status = run_experiment(command, args) if command.heading else command.function(args)
         sys.stdout.flush()
         return status
     except InputError as error:

@@ -57,12 +57,13 @@ def nearest(k, v, find_key, find_value):
 
     No K x V matrix is formed. 128 writes at a time stay in the processor's cache.
     """
-    index, a = [], []
-    for x, y in zip(k.split(128), v.split(128)):
-        best = ((x @ find_key.T) * (y @ find_value.T)).max(-1)
-        index.append(best.indices)
-        a.append(best.values)
-    return torch.cat(index), torch.cat(a)
+    index = torch.empty(len(k), dtype=torch.long, device=k.device)
+    a = k.new_empty(len(k))
+    for start in range(0, len(k), 128):
+        rows = slice(start, start + 128)
+        every_a = (k[rows] @ find_key.T) * (v[rows] @ find_value.T)  # [128, n]
+        a[rows], index[rows] = every_a.max(-1)
+    return index, a
 
 
 class WriteSAE(nn.Module):
@@ -195,16 +196,18 @@ def kl_divergence(log_p, log_q):
     fp32, where Σ p (log p − log q) ends at 1e-7. (Beyond d = 60, where e^d would overflow, a term
     is q − p (1 + d).) A block of rows at a time stays in the processor's cache.
     """
-    kl, vocab = [], log_p.shape[-1]
-    blocks = zip(log_p.reshape(-1, vocab).split(128), log_q.reshape(-1, vocab).split(128))
-    for log_p_rows, log_q_rows in blocks:
-        p, d = log_p_rows.exp(), log_q_rows - log_p_rows
+    shape, vocab = log_p.shape[:-1], log_p.shape[-1]
+    log_p, log_q = log_p.reshape(-1, vocab), log_q.reshape(-1, vocab)
+    kl = log_p.new_empty(len(log_p))
+    for start in range(0, len(kl), 128):
+        rows = slice(start, start + 128)
+        p, d = log_p[rows].exp(), log_q[rows] - log_p[rows]
         terms = p * (d.clamp(max=60).expm1() - d)
         far = d > 60
         if far.any():
-            terms = torch.where(far, log_q_rows.exp() - p * (1 + d), terms)
-        kl.append(terms.sum(-1))
-    return torch.cat(kl).view(log_p.shape[:-1])
+            terms = torch.where(far, log_q[rows].exp() - p * (1 + d), terms)
+        kl[rows] = terms.sum(-1)
+    return kl.view(shape)
 
 
 @torch.no_grad()
