@@ -364,17 +364,20 @@ def as_writes(k, v, K=None, V=None):
 
     Returns them as tensors, at least fp32. Raises InputError for whatever are no writes.
     """
-    k, v = torch.as_tensor(k).detach(), torch.as_tensor(v).detach()
+    k = torch.as_tensor(k).detach()
+    v = torch.as_tensor(v).detach()
+    floats = k.is_floating_point() and v.is_floating_point()
+    require(floats, f"writes are of {k.dtype}, {v.dtype}; allowed are floating-point numbers")
     shapes = f"k is {list(k.shape)}, v {list(v.shape)}"
-    require(k.is_floating_point() and v.is_floating_point(), f"writes are of {k.dtype}, {v.dtype}; "
-            "allowed are floating-point numbers")
-    require(k.dim() >= 2 and k.shape[:-1] == v.shape[:-1] and min(*k.shape, *v.shape) > 0,
+    paired = k.dim() >= 2 and k.shape[:-1] == v.shape[:-1]
+    require(paired and min(*k.shape, *v.shape) > 0,
             f"{shapes}; must be [N, K] and [N, V]: a key and a value for each of N writes, N > 0")
-    fits = (K or k.shape[-1], V or v.shape[-1]) == (k.shape[-1], v.shape[-1])
+    fits = K in (None, k.shape[-1]) and V in (None, v.shape[-1])
     require(fits, f"{shapes}; this dictionary has K = {K}, V = {V}: are k and v exchanged?")
-    bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
-    require(not bad.any(), f"{int(bad.sum())} of {bad.numel()} writes hold NaN or Inf, the first "
-            f"is {bad.nonzero()[:1].tolist()}; leave them out")
+    finite = k.isfinite().all(-1) & v.isfinite().all(-1)
+    bad = (~finite).nonzero()
+    require(len(bad) == 0, f"{len(bad)} of {finite.numel()} writes hold NaN or Inf, the first "
+            f"is {bad[:1].tolist()}; leave them out")
     return at_least_fp32(k), at_least_fp32(v)
 
 
@@ -384,7 +387,8 @@ def metric_or_identity(x, M):
     if M is None:
         return torch.eye(D).to(x)
     M = torch.as_tensor(M).detach().to(x)
-    require(list(M.shape) == [D, D] and bool(M.isfinite().all()),
+    finite = bool(M.isfinite().all())
+    require(finite and list(M.shape) == [D, D],
             f"a metric of shape {list(M.shape)} for vectors of size {D}; must be finite, [D, D]")
     return M
 
@@ -397,7 +401,9 @@ COVERED = 0.71  # a stand-in of at least this cosine covers a write: it explains
 def cosine(key, value, k, v):
     """Return the cosine of the matrices key valueᵀ and k vᵀ, as numbers: [..., K], ... -> [...]."""
     def of_vectors(x, y):
-        return (F.normalize(x, dim=-1, eps=1e-30) * F.normalize(y, dim=-1, eps=1e-30)).sum(-1)
+        x = F.normalize(x, dim=-1, eps=1e-30)
+        y = F.normalize(y, dim=-1, eps=1e-30)
+        return (x * y).sum(-1)
 
     return of_vectors(key, k) * of_vectors(value, v)
 
@@ -405,8 +411,11 @@ def cosine(key, value, k, v):
 def random_direction(k, v, rng):
     """Make ⟨R, k vᵀ⟩ R for random rank-1 matrices R of unit norm: far from every write, but at the
     size that brings it nearest, so that it too is nearer than nothing."""
-    r, s = (F.normalize(torch.randn(x.shape, generator=rng).to(x), dim=-1) for x in (k, v))
-    return (k * r).sum(-1, keepdim=True) * r, (v * s).sum(-1, keepdim=True) * s
+    unit_key = F.normalize(torch.randn(k.shape, generator=rng).to(k), dim=-1)
+    unit_value = F.normalize(torch.randn(v.shape, generator=rng).to(v), dim=-1)
+    key = (k * unit_key).sum(-1, keepdim=True) * unit_key
+    value = (v * unit_value).sum(-1, keepdim=True) * unit_value
+    return key, value
 
 
 def bootstrap(x, y, file, rng, draws=1000) -> list[float] | None:
@@ -418,11 +427,13 @@ def bootstrap(x, y, file, rng, draws=1000) -> list[float] | None:
     names, of_file = file.cpu().unique(return_inverse=True)
     if len(names) < 10:
         return None
-    x_of, y_of = torch.zeros(2, len(names), dtype=torch.float64)
-    x_of.index_add_(0, of_file, x.double().view(len(x), -1).sum(1))
-    y_of.index_add_(0, of_file, y.double().view(len(y), -1).sum(1))
+    x_of_passage = x.double().view(len(x), -1).sum(1)
+    y_of_passage = y.double().view(len(y), -1).sum(1)
+    x_of_file, y_of_file = torch.zeros(2, len(names), dtype=torch.float64)
+    x_of_file.index_add_(0, of_file, x_of_passage)
+    y_of_file.index_add_(0, of_file, y_of_passage)
     drawn = torch.randint(len(names), (draws, len(names)), generator=rng)
-    ratio = x_of[drawn].sum(1) / y_of[drawn].sum(1)
+    ratio = x_of_file[drawn].sum(1) / y_of_file[drawn].sum(1)
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     return ratio.nan_to_num().quantile(ends).tolist()
 
@@ -440,10 +451,13 @@ def left_figures(effect, nothing, match, file, rng) -> dict:
     typical   the median of that ratio by position (Σ rests on a few dozen of them)
     covered   share of positions where `match`, the cosine of stand-in and write, is 0.71 or more
     """
-    figures = dict(won=mean(effect < nothing), left=(effect.sum() / nothing.sum()).item())
-    figures["left_ci95"] = bootstrap(effect, nothing, file, rng)
-    figures["typical"] = (effect / nothing.clamp_min(1e-30)).median().item()
-    return figures | dict(covered=mean(match >= COVERED))
+    left = effect.sum() / nothing.sum()
+    left_ci95 = bootstrap(effect, nothing, file, rng)
+    ratio = effect / nothing.clamp_min(1e-30)
+    return dict(won=mean(effect < nothing),
+                left=left.item(), left_ci95=left_ci95,
+                typical=ratio.median().item(),
+                covered=mean(match >= COVERED))
 
 
 def firing_figures(effects, at, at_untrained, index, another) -> dict:
@@ -454,16 +468,25 @@ def firing_figures(effects, at, at_untrained, index, another) -> dict:
     coefficient (effects `another` [n, p], of every 4th position), failure_by_quartile of the effect
     of nothing. index [n, P]: which atom.
     """
-    atom, nothing = effects["learned by reads"], effects["nothing"]
-    won, untrained_won = atom < nothing, effects["random writes by reads"] < nothing
+    nothing = effects["nothing"]
+    won = effects["learned by reads"] < nothing
+    untrained_won = effects["random writes by reads"] < nothing
+    won_firings = won[at]
     _, which, uses = index[at].unique(return_inverse=True, return_counts=True)
-    per_atom = torch.zeros(len(uses)).index_add_(0, which, won[at].float()) / uses
-    ordered = won[:, ::4] & (nothing[:, ::4] < another)
+    wins = torch.zeros(len(uses))
+    wins.index_add_(0, which, won_firings.float())
+    below_another = nothing[:, ::4] < another
+    ordered = won[:, ::4] & below_another
+    failures = []
     weakest_first = nothing[at].argsort()
-    quarters = [1 - mean(won[at][part]) for part in weakest_first.tensor_split(4)]
-    return dict(n=int(at.sum()), win_rate=mean(won[at]), per_atom_win_rate=mean(per_atom),
+    for quarter in weakest_first.tensor_split(4):
+        failures.append(1 - mean(won_firings[quarter]))
+    return dict(n=int(at.sum()),
+                win_rate=mean(won_firings),
+                per_atom_win_rate=mean(wins / uses),
                 win_rate_untrained=mean(untrained_won[at_untrained]),
-                strict_order_rate=mean(ordered[at[:, ::4]]), failure_by_quartile=quarters)
+                strict_order_rate=mean(ordered[at[:, ::4]]),
+                failure_by_quartile=failures)
 
 
 # ---- 7. Other dictionaries, for comparison ----
@@ -479,24 +502,29 @@ def pursuit(sae: WriteSAE, k, v, m: int):
     k [..., K], v [..., V] -> index, a [..., m], for `decode`. With m = 1 that is `encode`, but a
     may be negative. Keeps all ⟨A_j, A_l⟩ [n, n]. Raises InputError for m > n.
     """
-    n, N = len(sae.key), k.shape[:-1]
+    n = len(sae.key)
     require(1 <= m <= n, f"{m} atoms for a write, of {n}: allowed are 1 to {n}")
     gram = (sae.key @ sae.find_key.T) * (sae.value @ sae.find_value.T)  # ⟨A_j, A_l⟩, [n, n]
     ridge = 1e-6 * torch.eye(m).to(gram)  # two atoms may be the same
-    codes = []
-    for x, y in zip(k.flatten(0, -2).split(256), v.flatten(0, -2).split(256)):
+    indices, coefficients = [], []
+    k_blocks = k.flatten(0, -2).split(256)
+    v_blocks = v.flatten(0, -2).split(256)
+    for x, y in zip(k_blocks, v_blocks):
         scores = (x @ sae.find_key.T) * (y @ sae.find_value.T)  # ⟨A_i, write⟩, [256, n]
-        left, index = scores, torch.empty(len(x), 0, dtype=torch.long, device=x.device)
+        left = scores
+        index = torch.empty(len(x), 0, dtype=torch.long, device=x.device)
         for j in range(1, m + 1):
-            best = left.abs().scatter(1, index, -1).argmax(1, keepdim=True)  # none twice
+            size = left.abs().scatter(1, index, -1)  # none twice
+            best = size.argmax(1, keepdim=True)
             index = torch.cat([index, best], 1)
-            chosen = gram[index[:, :, None], index[:, None]] + ridge[:j, :j]  # [256, j, j]
-            a = torch.linalg.solve(chosen, scores.gather(1, index))
+            chosen = gram[index[:, :, None], index[:, None]]  # [256, j, j]
+            a = torch.linalg.solve(chosen + ridge[:j, :j], scores.gather(1, index))
             said = F.embedding_bag(index, gram, per_sample_weights=a, mode="sum")
             left = scores - said  # ⟨A_i, write − Σ a_j A_j⟩
-        codes.append((index, a))
-    index, a = map(torch.cat, zip(*codes))
-    return index.view(*N, m), a.view(*N, m)
+        indices.append(index)
+        coefficients.append(a)
+    N = k.shape[:-1]
+    return torch.cat(indices).view(*N, m), torch.cat(coefficients).view(*N, m)
 
 
 def pulled(x, y_seen, key, value, find_value, a):
@@ -506,9 +534,11 @@ def pulled(x, y_seen, key, value, find_value, a):
     [N, m, V], a [N, m] -> [N, m, K]. (With key and value exchanged: the pull on values.)
     """
     along = (value @ y_seen[..., None]) * x[:, None]  # x yᵀ find_value_j, [N, m, K]
-    others = find_value @ value.mT  # ⟨value_j, value_l⟩, [N, m, m]
-    others = others - torch.diag_embed(others.diagonal(dim1=1, dim2=2))
-    return a[..., None] * (along - others @ (a[..., None] * key))
+    products = find_value @ value.mT  # ⟨value_j, value_l⟩, [N, m, m]
+    own = torch.diag_embed(products.diagonal(dim1=1, dim2=2))
+    a = a[..., None]  # [N, m, 1]
+    others = (products - own) @ (a * key)  # Σ_{l≠j} a_l A_l find_value_j
+    return a * (along - others)
 
 
 @torch.no_grad()
@@ -522,38 +552,51 @@ def fit_pursuit(k, v, n: int, m: int, rng, M_k=None, M_v=None, steps: int = 12,
     them; a vector dictionary is the case V = 1.
     """
     sae = untrained(k, v, n, rng, M_k, M_v)
-    key, value, M_k, M_v = sae.key.clone(), sae.value.clone(), sae.M_k, sae.M_v
-    k, v = unit(as_writes(k, v)[0], M_k), unit(as_writes(k, v)[1], M_v)
-    key_sum, value_sum, count = torch.zeros_like(key), torch.zeros_like(value), k.new_zeros(n)
+    M_k, M_v = sae.M_k, sae.M_v
+    k, v = as_writes(k, v)
+    k, v = unit(k, M_k), unit(v, M_v)
+    key, value = sae.key.clone(), sae.value.clone()
+    key_sum, value_sum = torch.zeros_like(key), torch.zeros_like(value)
+    count = k.new_zeros(n)
     for _ in progress(range(steps)):
         drawn = torch.randint(len(k), (sample,), generator=rng)
         x, y = k[drawn], v[drawn]
         x_seen, y_seen = x @ M_k, y @ M_v
         index, a = pursuit(sae, x, y, m)  # [sample, m]
-        score = (x_seen[:, None] * key[index]).sum(-1) * (y_seen[:, None] * value[index]).sum(-1)
+        key_score = (x_seen[:, None] * key[index]).sum(-1)
+        value_score = (y_seen[:, None] * value[index]).sum(-1)
+        score = key_score * value_score  # ⟨A_j, write⟩
         explained = (a * score).sum(-1)
-        key_sum, value_sum, count = memory * key_sum, memory * value_sum, memory * count
+        key_sum = memory * key_sum
+        value_sum = memory * value_sum
+        count = memory * count
         flat = index.flatten()
         count.index_add_(0, flat, torch.ones_like(a).flatten())
         used = count > 0.5
         pull = pulled(x, y_seen, key[index], value[index], sae.find_value[index], a)
         key_sum.index_add_(0, flat, pull.flatten(0, 1))
         key[used] = unit(key_sum[used], M_k)
-        pull = pulled(y, x_seen, value[index], key[index], (key @ M_k)[index], a)
+        find_key = key @ M_k
+        pull = pulled(y, x_seen, value[index], key[index], find_key[index], a)
         value_sum.index_add_(0, flat, pull.flatten(0, 1))
         value[used] = unit(value_sum[used], M_v)
         unused = (~used).nonzero()[:sample, 0]
         worst = explained.argsort()[: len(unused)]
-        key[unused], value[unused] = x[worst], y[worst]
-        key_sum[unused], value_sum[unused], count[unused] = 0, 0, 0
+        key[unused] = x[worst]
+        value[unused] = y[worst]
+        key_sum[unused] = 0
+        value_sum[unused] = 0
+        count[unused] = 0
         sae = WriteSAE(key, value, M_k, M_v)
     return sae
 
 
 def by_norm(k, v, rng, M_k, M_v):
     """Draw as many writes as there are, each with a probability in proportion to its norm."""
-    norm = ((k @ M_k) * k).sum(-1).sqrt() * ((v @ M_v) * v).sum(-1).sqrt()
-    drawn = torch.multinomial(norm.clamp_min(1e-30), len(k), replacement=True, generator=rng)
+    key_norm = ((k @ M_k) * k).sum(-1).sqrt()
+    value_norm = ((v @ M_v) * v).sum(-1).sqrt()
+    norm = (key_norm * value_norm).clamp_min(1e-30)
+    drawn = torch.multinomial(norm, len(k), replacement=True, generator=rng)
     return k[drawn], v[drawn]
 
 
@@ -564,14 +607,17 @@ def two_vector_saes(k, v, n: int, rng, M_k=None, M_v=None) -> Callable:
     Returns what builds stand-ins, k [..., K], v [..., V] -> the same shapes.
     """
     one = k.new_ones(len(k), 1)
-    saes = [fit_pursuit(x, one, n, 1, rng, M) for x, M in ((k, M_k), (v, M_v))]
+    key_sae = fit_pursuit(k, one, n, 1, rng, M_k)
+    value_sae = fit_pursuit(v, one, n, 1, rng, M_v)
 
-    def stand_in(*sides):
-        found = []
-        for sae, x in zip(saes, sides):
-            side, _ = sae.decode(*pursuit(sae, x, torch.ones_like(x[..., :1]), 1))
-            found.append(side[..., 0, :])
-        return tuple(found)
+    def side(sae, x):
+        ones = torch.ones_like(x[..., :1])
+        index, a = pursuit(sae, x, ones, 1)
+        vectors, _ = sae.decode(index, a)  # [..., 1, K]
+        return vectors[..., 0, :]
+
+    def stand_in(k, v):
+        return side(key_sae, k), side(value_sae, v)
 
     return stand_in
 
@@ -580,15 +626,18 @@ def leading_pair(X):
     """Return the matrix of rank 1 nearest to each X [..., K, V]: its key, with the size, and value.
     """
     U, S, W = torch.linalg.svd(X, full_matrices=False)
-    return U[..., 0] * S[..., :1], W[..., 0, :]
+    key = U[..., 0] * S[..., :1]
+    value = W[..., 0, :]
+    return key, value
 
 
 def contexts(tokens, order: int):
     """Number the last `order` tokens (0, 1 or 2) at each place of windows [n, T], in the same way
     for all windows; −1 where there are not so many."""
+    T = tokens.shape[1]
     number = torch.zeros_like(tokens)
     for lag in range(order):
-        number[:, lag:] += tokens[:, : tokens.shape[1] - lag] << 31 * lag
+        number[:, lag:] += tokens[:, : T - lag] << 31 * lag
     number[:, : max(0, order - 1)] = -1
     return number
 
@@ -605,15 +654,21 @@ def mean_after(k, v, context, wanted, otherwise=0):
     total = k.new_zeros(len(names), k.shape[1], v.shape[1])
     for i in found.nonzero()[:, 0].split(4096):
         total.index_add_(0, row[i], outer(k[i], v[i]))
-    count = row[found].bincount(minlength=len(names))
-    mean_of = total / count.clamp_min(1)[:, None, None]
-    return torch.where(count[row_of, None, None] > 0, mean_of[row_of], otherwise)
+    count = row[found].bincount(minlength=len(names))[:, None, None]
+    mean_of = total / count.clamp_min(1)
+    return torch.where(count[row_of] > 0, mean_of[row_of], otherwise)
 
 
 def inner(A, B, M_k=None, M_v=None):
     """Return ⟨Σ A_j, Σ B_l⟩ in a metric: A, B are key [..., m, K], value [..., m, V] -> [...]."""
-    keys = (A[0] if M_k is None else A[0] @ M_k) @ B[0].mT  # [..., m, m]
-    values = (A[1] if M_v is None else A[1] @ M_v) @ B[1].mT
+    key_A, value_A = A
+    key_B, value_B = B
+    if M_k is not None:
+        key_A = key_A @ M_k
+    if M_v is not None:
+        value_A = value_A @ M_v
+    keys = key_A @ key_B.mT  # [..., m, m]
+    values = value_A @ value_B.mT
     return (keys * values).sum((-2, -1))
 
 
@@ -624,10 +679,12 @@ def nearness(stand_in, write, M_k=None, M_v=None):
 
         ‖write − stand-in‖² / ‖write‖²
     """
-    both, own = inner(stand_in, write, M_k, M_v), inner(stand_in, stand_in, M_k, M_v)
+    both = inner(stand_in, write, M_k, M_v)
+    own = inner(stand_in, stand_in, M_k, M_v)
     energy = inner(write, write, M_k, M_v)
     cosine = both / (own * energy).sqrt().clamp_min(1e-30)
-    return cosine, (energy - 2 * both + own) / energy.clamp_min(1e-30)
+    left = energy - 2 * both + own
+    return cosine, left / energy.clamp_min(1e-30)
 
 
 def worth(sizes, figures, figure) -> float | None:
@@ -654,15 +711,20 @@ def three_edits(k, v, key, value):
     """Make three edits of each write k vᵀ [n, P, ·] with its atom key valueᵀ: the atom added, at
     norm 0.1; put in the write's place; the write taken out. Returns what goes, and what comes, each
     a key [3, n, P, K] and a value [3, n, P, V]."""
-    small = 0.1 * F.normalize(key, dim=-1) / value.norm(dim=-1, keepdim=True)
-    goes, comes = torch.stack([0 * k, -k, -k]), torch.stack([small, key, 0 * key])
-    return (goes, torch.stack([v] * 3)), (comes, torch.stack([value] * 3))
+    unit_key = F.normalize(key, dim=-1)
+    small = 0.1 * unit_key / value.norm(dim=-1, keepdim=True)
+    goes = torch.stack([0 * k, -k, -k])
+    comes = torch.stack([small, key, 0 * key])
+    v = torch.stack([v, v, v])
+    value = torch.stack([value, value, value])
+    return (goes, v), (comes, value)
 
 
 def norm_slope(norm: nn.Module, x: Tensor) -> Tensor:
     """Return what a norm multiplies each channel of x by: its weight / rms, or weight / std."""
     if isinstance(norm, nn.LayerNorm):
-        return norm.weight / (x.var(-1, keepdim=True, correction=0) + norm.eps).sqrt()
+        variance = x.var(-1, keepdim=True, correction=0)
+        return norm.weight / (variance + norm.eps).sqrt()
     return (norm.offset + norm.weight) * norm.scale(x)
 
 
@@ -697,7 +759,8 @@ def logit_ladder(model, stream, cache, edits, token, jacobians=True) -> tuple[Te
     Returns predicted [7, B, T, n], as RUNGS (without Jacobians [1, ...]), and measured [B, T, n].
     """
     layer, head = edits[0].layer, edits[0].head
-    block, mixer, past = model.layers[layer], model.layers[layer].mixer, cache.layers[layer]
+    block, past = model.layers[layer], cache.layers[layer]
+    mixer = block.mixer
     W_O = model.out_map(layer)[:, head]  # [D, V]
     W_U = at_least_fp32(model.unembedding[token])  # [B, n, D]
     s, rest, _ = block.inputs(stream, past)
@@ -719,7 +782,8 @@ def logit_ladder(model, stream, cache, edits, token, jacobians=True) -> tuple[Te
     final = norm_slope(model.norm, at_least_fp32(after.x))  # [B, T, D]
     rungs.append(delta_o @ W_O.T @ W_U.mT)
     rungs.append((gate * delta_o) @ W_O.T @ W_U.mT)
-    rungs.append(final * ((gate * scale * delta_o) @ W_O.T) @ W_U.mT)
+    moved = (gate * scale * delta_o) @ W_O.T  # [B, T, D]
+    rungs.append((final * moved) @ W_U.mT)
     of_all_heads = F.pad(delta_o[:, :, None], (0, 0, head, mixer.heads - head - 1))
 
     def direct(eps: Tensor) -> Tensor:  # as if no layer came after this one
@@ -728,7 +792,8 @@ def logit_ladder(model, stream, cache, edits, token, jacobians=True) -> tuple[Te
 
     def full(eps: Tensor) -> Tensor:  # the model
         scaled = [e._replace(key=eps * e.key) for e in edits]
-        return logits(model.run(stream, cache, scaled, first=layer)[0].x)
+        edited, _ = model.run(stream, cache, scaled, first=layer)
+        return logits(edited.x)
 
     zero, one = delta_o.new_zeros(()), delta_o.new_ones(())
     with sdpa_kernel(SDPBackend.MATH):  # the attention that forward differentiation can do
@@ -747,23 +812,30 @@ def ladder_over_text(model, layer, head, tokens, positions, sides, where, ranks=
     [E, n, P, K] and a value [E, n, P, V]; ranks: of the tokens, at the write's step, from 1 on.
     Returns predicted [7 or 1, E, N, steps, ranks] and measured [E, N, steps, ranks].
     """
-    E, device, predicted, measured = len(sides[0][0]), tokens.device, [], []
-    for passage in progress(passages_at_once(model, tokens, max(6, E // 2))):
+    E = len(sides[0][0])
+    predicted, measured = [], []
+    rows = max(6, E // 2)
+    for passage in progress(passages_at_once(model, tokens, rows)):
         points = native_run(model, layer, tokens[passage], positions)
         for i, (t, stream, cache, native) in enumerate(points):
-            (row,) = where[passage.cpu(), i].to(device).nonzero(as_tuple=True)
+            here = where[passage.cpu(), i].to(tokens.device)
+            (row,) = here.nonzero(as_tuple=True)
             if len(row) == 0:
                 continue
+            chosen = passage[row].cpu()
             edits = []
             for key, value in sides:  # all E of them at once: E · len(row) rows
-                key, value = (x[:, passage[row].cpu(), i].to(device) for x in (key, value))
-                edits.append(Edit(layer, head, t, key.flatten(0, 1), value.flatten(0, 1)))
+                key = key[:, chosen, i].flatten(0, 1).to(tokens.device)
+                value = value[:, chosen, i].flatten(0, 1).to(tokens.device)
+                edits.append(Edit(layer, head, t, key, value))
             best = native[row, 0].topk(max(ranks)).indices
-            token = best[:, [rank - 1 for rank in ranks]].repeat(E, 1)
+            columns = [rank - 1 for rank in ranks]
+            token = best[:, columns].repeat(E, 1)
             row = row.repeat(E)
-            stream, cache = stream.times(0, steps).rows(row), cache.rows(row)
-            x, y = logit_ladder(model, stream, cache, edits, token, jacobians)
-            predicted.append(x.unflatten(1, (E, -1)).cpu())
+            stream = stream.times(0, steps).rows(row)
+            cache = cache.rows(row)
+            y_hat, y = logit_ladder(model, stream, cache, edits, token, jacobians)
+            predicted.append(y_hat.unflatten(1, (E, -1)).cpu())
             measured.append(y.unflatten(0, (E, -1)).cpu())
     return torch.cat(predicted, 2), torch.cat(measured, 1)
 
@@ -776,7 +848,9 @@ def fitted_over_sizes(x: Tensor, y: Tensor) -> Tensor:
 
     f is gone: random numbers fit as well. What is tested is how linear the model is in ε.
     """
-    c = (x * y).sum(1, keepdim=True) / x.square().sum(1, keepdim=True)
+    product = (x * y).sum(1, keepdim=True)
+    energy = x.square().sum(1, keepdim=True)
+    c = product / energy
     return c.nan_to_num() * x
 
 
@@ -785,9 +859,12 @@ def agreement(y: Tensor, y_hat: Tensor) -> tuple[float, float, float]:
     Σ(y − mean y)², 1 if perfect, 0 if no better than the mean; the slope of the least-squares line
     y = slope · ŷ, 1 if sizes are right; the share of equal signs."""
     y, y_hat = y.double(), y_hat.double()
-    left, spread = (y - y_hat).square().sum(), (y - y.mean()).square().sum()
+    left = (y - y_hat).square().sum()
+    spread = (y - y.mean()).square().sum()
+    r2 = 1 - left / spread
     slope = (y * y_hat).sum() / y_hat.square().sum()
-    return (1 - left / spread).item(), slope.item(), mean(y.sign() == y_hat.sign())
+    same_sign = y.sign() == y_hat.sign()
+    return r2.item(), slope.item(), mean(same_sign)
 
 
 # ---- 9. Steering: edits of the memory after which a token is said ----
@@ -813,9 +890,11 @@ def read_prompts(model: LanguageModel, tokens: Tensor) -> Prompts:
     """Read prompts [N, T]. Raises InputError unless they are longer than what is edited."""
     T = tokens.shape[1]
     require(T > EDITED, f"the prompt has {T} tokens: give a longer one, of more than {EDITED}")
-    last, (_, before) = tokens[:, -EDITED:], model(tokens[:, :-EDITED])
+    last = tokens[:, -EDITED:]
+    _, before = model(tokens[:, :-EDITED])
     logits, after = model(last, before)
-    said, _ = model.generate(logits[:, -1], after, max(FORCED) + DECODED - 1)
+    length = max(FORCED) + DECODED - 1
+    said, _ = model.generate(logits[:, -1], after, length)
     return Prompts(last, before, after, logits, said)
 
 
@@ -826,10 +905,12 @@ def draw_targets(model: LanguageModel, tokens: Tensor, rng) -> Tensor:
     pairs = []
     for prompt, text in enumerate(tokens):
         logits, _ = model(text[None])
-        allowed, _ = logits[0, -1].argsort(descending=True)[99:1000].sort()
-        absent = ~torch.isin(allowed, text)
-        for stratum, candidates in enumerate((allowed[~absent], allowed[absent])):
-            for i in torch.randperm(len(candidates), generator=rng)[:1]:  # none if none is there
+        ranked = logits[0, -1].argsort(descending=True)
+        allowed, _ = ranked[99:1000].sort()
+        present = torch.isin(allowed, text)
+        for stratum, candidates in enumerate([allowed[present], allowed[~present]]):
+            order = torch.randperm(len(candidates), generator=rng)
+            for i in order[:1]:  # none if none is there
                 pairs.append((prompt, candidates[i].item(), stratum))
     return torch.tensor(pairs, device=tokens.device).view(-1, 3).T
 
@@ -860,20 +941,25 @@ def keys_and_formula(model: LanguageModel, p: Prompts, target: Tensor, heads):
     native write's length ‖k‖‖v‖, so that a value of length 1 makes an edit of one native write. The
     value is (u · q) gate · W_Oᵀ W_U[target], with u, q and gate at the end: the slope of the
     target's logit by three factors and the gate."""
-    stream, keys, formula = model.embed(p.last), [], []
+    keys, formula = [], []
     W_U = at_least_fp32(model.unembedding[target])  # [N, D]
+    stream = model.embed(p.last)
     for layer, block in enumerate(model.layers):
         chosen = [head for i, head in heads if i == layer]
         if chosen:
             s, rest, _ = block.inputs(stream, p.before.layers[layer])
             gate, _ = block.mixer.gate_and_scale(s.v, rest)  # no gate depends on the reads
-            s, W_O = s.heads(chosen), model.out_map(layer)[:, chosen]  # [D, C, V]
+            W_O = model.out_map(layer)[:, chosen]  # [D, C, V]
             out = gate[:, -1, chosen] * torch.einsum("nd,dcv->ncv", W_U, W_O)
-            size = s.k.norm(dim=-1, keepdim=True) * s.v.norm(dim=-1, keepdim=True)
+            s = s.heads(chosen)
+            k_norm = s.k.norm(dim=-1, keepdim=True)
+            v_norm = s.v.norm(dim=-1, keepdim=True)
+            size = k_norm * v_norm
             key, value = [], []
             for t in range(EDITED):
-                key.append(size[:, t] * read_key(s.times(t)))  # [N, C, K]
-                gain, _ = propagate(key[t], s.times(t))  # [N, 3 − t, C]
+                reads = s.times(t)
+                key.append(size[:, t] * read_key(reads))  # [N, C, K]
+                gain, _ = propagate(key[t], reads)  # [N, 3 − t, C]
                 value.append(gain[:, -1, :, None] * out)
             keys.append(torch.stack(key, 1))
             formula.append(torch.stack(value, 1))
@@ -885,15 +971,21 @@ def read_edited(model: LanguageModel, p: Prompts, then: Tensor, x: Tensor, heads
     """Read the last three tokens and `then` [N, m] with values x [N, 3, C, V] under keys
     [N, 3, C, K]; without heads, with x [N, 3, D], in norms of the embedding, added to the stream
     before layer 0. Returns logits from the prompt's last token on, and the cache."""
-    stream, edits = model.embed(torch.cat([p.last, then], 1)), []
+    tokens = torch.cat([p.last, then], 1)
+    stream = model.embed(tokens)
+    edits = []
     if heads is None:
-        added = F.pad(x, (0, 0, 0, then.shape[1])) * stream.x.norm(dim=-1, keepdim=True)
+        length = stream.x.norm(dim=-1, keepdim=True)
+        added = F.pad(x, (0, 0, 0, then.shape[1])) * length
         stream = stream._replace(x=stream.x + added.to(stream.x))
-    for t in range(EDITED):
-        for c, (layer, head) in enumerate(heads or []):
-            edits.append(Edit(layer, head, p.before.length + t, keys[:, t, c], x[:, t, c]))
+    else:
+        for t in range(EDITED):
+            position = p.before.length + t
+            for c, (layer, head) in enumerate(heads):
+                edits.append(Edit(layer, head, position, keys[:, t, c], x[:, t, c]))
     stream, cache = model.run(stream, p.before, edits)
-    return at_least_fp32(model.unembed(stream.times(EDITED - 1))), cache
+    logits = model.unembed(stream.times(EDITED - 1))
+    return at_least_fp32(logits), cache
 
 
 def log_chance(logits: Tensor, said: Tensor, target: Tensor) -> Tensor:
@@ -903,19 +995,24 @@ def log_chance(logits: Tensor, said: Tensor, target: Tensor) -> Tensor:
 
     mean over n = 1, 4, 8, 12. logits [N, 24, vocab] from the prompt's last token on; said [N, 23].
     """
-    log_p, chances = logits.log_softmax(-1), []
-    of_target = log_p[torch.arange(len(target)), :, target]  # [N, 24]
+    log_p = logits.log_softmax(-1)
+    row = torch.arange(len(target))
+    of_target = log_p[row, :, target]  # [N, 24]
     of_said = log_p[:, :-1].gather(-1, said[..., None])[..., 0]
     before = F.pad(of_said.cumsum(1), (1, 0))  # [N, 24] of all unedited tokens before each
+    chances = []
     for n in FORCED:
-        on_the_way = before[:, n : n + DECODED] - before[:, n : n + 1]
-        chances.append((on_the_way + of_target[:, n : n + DECODED]).logsumexp(1))
+        end = n + DECODED
+        on_the_way = before[:, n:end] - before[:, n : n + 1]
+        at_each = on_the_way + of_target[:, n:end]  # [N, 12]
+        chances.append(at_each.logsumexp(1))
     return sum(chances) / len(chances)
 
 
 def sized(x: Tensor, size: float) -> Tensor:
     """Scale each prompt's vectors x [N, ..., D] together, to the root mean square length `size`."""
-    length = x.square().sum(-1).flatten(1).mean(1).sqrt().clamp_min(1e-30)  # so zeros stay
+    mean_square = x.square().sum(-1).flatten(1).mean(1)
+    length = mean_square.sqrt().clamp_min(1e-30)  # so zeros stay
     return torch.einsum("n,n...->n...", size / length, x)
 
 
@@ -927,8 +1024,10 @@ def ascend(model, p: Prompts, target: Tensor, like: Tensor, size: float, *where,
         x.requires_grad_()
         with torch.enable_grad():
             logits, _ = read_edited(model, p, p.said, x, *where)
-            (up,) = torch.autograd.grad(log_chance(logits, p.said, target).sum(), x)
-        x = sized(x.detach(), 1) + (1 - i / steps) * sized(up, 1)
+            chance = log_chance(logits, p.said, target)
+            (up,) = torch.autograd.grad(chance.sum(), x)
+        step = 1 - i / steps
+        x = sized(x.detach(), 1) + step * sized(up, 1)
         x = sized(x, size)
     return x
 
@@ -939,17 +1038,25 @@ def outcome(model: LanguageModel, p: Prompts, target: Tensor, logits, cache) -> 
     appears [N], is it among 20 decoded freely (the paper's measure)? nats [N], per token of the 12
     after one, under the unedited model; change [N], ‖S' − S‖ / ‖S‖ of all states."""
     free, _ = model.generate(logits[:, -1], cache, 20)
-    appears, persists = (free == target[:, None]).any(1), []
+    target = target[:, None]
+    appears = (free == target).any(1)
+    persists = []
     for n in FORCED:
         later, after = model(p.said[:, :n], cache)
         tokens, _ = model.generate(later[:, -1], after, DECODED)
-        persists.append((tokens == target[:, None]).any(1))
+        persists.append((tokens == target).any(1))
         if n == 1:
-            judged, _ = model(torch.cat([p.said[:, :1], tokens[:, :-1]], 1), p.after)
-            nats = F.cross_entropy(at_least_fp32(judged).mT, tokens, reduction="none").mean(1)
-    S = torch.cat([p.after.layers[i]["state"].flatten(1) for i in model.recurrent_layers], 1)
-    edited = torch.cat([cache.layers[i]["state"].flatten(1) for i in model.recurrent_layers], 1)
-    change = (edited - S).norm(dim=1) / S.norm(dim=1)
+            read = torch.cat([p.said[:, :1], tokens[:, :-1]], 1)
+            judged, _ = model(read, p.after)
+            judged = at_least_fp32(judged).mT  # [N, vocab, 12]
+            nats = F.cross_entropy(judged, tokens, reduction="none").mean(1)
+    native, edited = [], []
+    for i in model.recurrent_layers:
+        native.append(p.after.layers[i]["state"].flatten(1))
+        edited.append(cache.layers[i]["state"].flatten(1))
+    S = torch.cat(native, 1)
+    moved = torch.cat(edited, 1) - S
+    change = moved.norm(dim=1) / S.norm(dim=1)
     return dict(persists=torch.stack(persists, 1), nats=nats, appears=appears, change=change)
 
 
@@ -959,42 +1066,54 @@ def steer(model: LanguageModel, tokens: Tensor, target: Tensor, heads, rng) -> d
     none: no edit.  read again: the target is read after the prompt, before anything is said.
     random, formula, memory: state edits, their values drawn, by formula, by `ascend`.  memory
     states alone: memory's states, all else unedited.  residual: by `ascend`, an input."""
-    heads, found = sorted(heads), {}
-    shape = len(target), EDITED, len(heads), model.layers[heads[0][0]].mixer.V
-    noise = torch.randn(shape, generator=rng).to(tokens.device)
+    heads = sorted(heads)
+    first_layer, _ = heads[0]
+    V = model.layers[first_layer].mixer.V
+    noise = torch.randn(len(target), EDITED, len(heads), V, generator=rng).to(tokens.device)
+    found = {}
     for row in progress(passages_at_once(model, tokens, rows=4)):
-        p, goal, nothing = read_prompts(model, tokens[row]), target[row], tokens[row, :0]
+        p = read_prompts(model, tokens[row])
+        goal = target[row]
+        nothing = tokens[row, :0]
         keys, formula = keys_and_formula(model, p, goal, heads)
         ends = {("none", None): (p.logits, p.after)}  # last logits and cache of each way
         ends["read again", None] = model(goal[:, None], p.after)
         for size in STATE_SIZES:
             memory = ascend(model, p, goal, noise[row], size, heads, keys)
-            for kind, x in dict(random=noise[row], formula=formula, memory=memory).items():
-                ends[kind, size] = read_edited(model, p, nothing, sized(x, size), heads, keys)
+            values = dict(random=noise[row], formula=formula, memory=memory)
+            for kind, x in values.items():
+                x = sized(x, size)
+                ends[kind, size] = read_edited(model, p, nothing, x, heads, keys)
             _, edited = ends["memory", size]
             layers = [dict(layer) for layer in p.after.layers]
             for i in model.recurrent_layers:
                 layers[i]["state"] = edited.layers[i]["state"]
             alone = p.after._replace(layers=tuple(layers))
             ends["memory states alone", size] = p.logits, alone
+        embedding = at_least_fp32(model.embed(p.last).x)
         for size in INPUT_SIZES:
-            x = ascend(model, p, goal, at_least_fp32(model.embed(p.last).x), size)
+            x = ascend(model, p, goal, embedding, size)
             ends["residual", size] = read_edited(model, p, nothing, x)
-        for way, end in ends.items():
-            found.setdefault(way, []).append(outcome(model, p, goal, *end))
+        for way, (logits, cache) in ends.items():
+            result = outcome(model, p, goal, logits, cache)
+            found.setdefault(way, []).append(result)
     for way, parts in found.items():
-        found[way] = {name: torch.cat([x[name] for x in parts]).cpu() for name in parts[0]}
+        found[way] = {}
+        for name in parts[0]:
+            found[way][name] = torch.cat([part[name] for part in parts]).cpu()
     return found
 
 
 def steering_figures(found: dict[str, Tensor], file: Tensor, rng) -> dict:
     """Sum up an `outcome` of n pairs, file [n] of their prompts: rates, and what they cost."""
     persists = []
-    for forced, hit in zip(FORCED, found["persists"].split(1, 1)):  # [n, 1] each
+    for forced, hit in zip(FORCED, found["persists"].T):  # [n] each
         ci95 = bootstrap(hit, torch.ones_like(hit), file, rng)
         persists.append(dict(forced=forced, rate=mean(hit), ci95=ci95))
-    return dict(n_pairs=len(file), persists=persists, appears_rate=mean(found["appears"]),
-                perplexity=found["nats"].mean().exp().item(), states_change=mean(found["change"]))
+    return dict(n_pairs=len(file), persists=persists,
+                appears_rate=mean(found["appears"]),
+                perplexity=found["nats"].mean().exp().item(),
+                states_change=mean(found["change"]))
 
 
 # ---- 10. Atoms: what single ones stand for ----
@@ -1013,7 +1132,8 @@ def firings(sae: WriteSAE, k, v) -> Firings:
     """Find where atoms fire, that is, cover a write: k [n, T, K], v [n, T, V] -> [E] firings."""
     k, v = as_writes(k, v)
     index, a = sae.encode(k, v)
-    fires = cosine(*sae.decode(index, a), k, v) >= COVERED  # [n, T]
+    key, value = sae.decode(index, a)
+    fires = cosine(key, value, k, v) >= COVERED  # [n, T]
     passage, position = fires.nonzero().T
     return Firings(passage, position, index[fires], a[fires])
 
@@ -1027,37 +1147,46 @@ def describe(sae: WriteSAE, k, v, tokens: Tensor, decode: Callable, atoms=12, fi
     token and that one's share of its firings, and contexts: five from different files, with the
     token at which it fires in ⟦ ⟧. Raises InputError for an atom that never fires.
     """
-    at, found = firings(sae, k, v), []
-    file = torch.arange(len(tokens)) if file is None else file
+    at = firings(sae, k, v)
+    if file is None:
+        file = torch.arange(len(tokens))
     if isinstance(atoms, int):
         uses = at.atom.bincount()
-        atoms = uses.topk(min(atoms, int((uses > 0).sum()))).indices.tolist()
+        n_used = int((uses > 0).sum())
+        atoms = uses.topk(min(atoms, n_used)).indices.tolist()
+    found = []
     for atom in atoms:
         here = at.rows(at.atom == atom)
-        require(len(here.a) > 0, f"atom {atom} never fires in this text; take more of it")
+        n_firings = len(here.a)
+        require(n_firings > 0, f"atom {atom} never fires in this text; take more of it")
         token, uses = tokens[here.passage, here.position].unique(return_counts=True)
         contexts = {}
         for passage, t in zip(here.passage.tolist(), here.position.tolist()):
             text = tokens[passage].tolist()
-            before, after = decode(text[max(0, t - 12) : t]), decode(text[t + 1 : t + 7])
+            before = decode(text[max(0, t - 12) : t])
+            after = decode(text[t + 1 : t + 7])
             context = before + "⟦" + decode([text[t]]) + "⟧" + after
             contexts.setdefault(int(file[passage]), context)  # the first of each file
-        often, n = int(token[uses.argmax()]), len(here.a)
-        result = dict(atom=atom, n_firings=n, n_files=len(contexts), token=decode([often]))
-        share = int(uses.max()) / n
-        found.append(result | dict(token_share=share, contexts=list(contexts.values())[:5]))
+        most_frequent = int(token[uses.argmax()])
+        found.append(dict(atom=atom, n_firings=n_firings, n_files=len(contexts),
+                          token=decode([most_frequent]),
+                          token_share=int(uses.max()) / n_firings,
+                          contexts=list(contexts.values())[:5]))
     return found
 
 
 def population(at: Firings, tokens: Tensor) -> tuple[float, float]:
     """Of the atoms with five firings or more, return their share of all firings, and the mean share
     of one's firings that are on its most frequent token."""
-    pairs = torch.stack([at.atom, tokens[at.passage, at.position].cpu()])
+    token = tokens[at.passage, at.position].cpu()
+    pairs = torch.stack([at.atom, token])
     (atom, _), n = pairs.unique(dim=1, return_counts=True)  # n: how often an atom is on a token
     uses = at.atom.bincount()
-    most = torch.zeros(len(uses)).scatter_reduce_(0, atom, n.float(), "amax")
+    most = torch.zeros(len(uses))
+    most.scatter_reduce_(0, atom, n.float(), "amax")
     often = uses >= 5
-    return int(uses[often].sum()) / max(1, len(at.a)), mean(most[often] / uses[often])
+    share = int(uses[often].sum()) / max(1, len(at.a))
+    return share, mean(most[often] / uses[often])
 
 
 def runs_to(model: LanguageModel, layer: int, tokens: Tensor, at: Firings):
@@ -1066,9 +1195,10 @@ def runs_to(model: LanguageModel, layer: int, tokens: Tensor, at: Firings):
     for t in at.position.unique().tolist():
         here = (at.position == t).nonzero()[:, 0]
         for batch in passages_at_once(model, here, 1):
-            passages = tokens[at.passage[here[batch]], : t + LATER]
+            which = here[batch]
+            passages = tokens[at.passage[which], : t + LATER]
             for point in native_run(model, layer, passages, [t]):
-                yield here[batch], *point
+                yield which, *point
 
 
 @torch.inference_mode()
@@ -1079,16 +1209,21 @@ def promoted_tokens(model: LanguageModel, layer: int, head: int, tokens: Tensor,
         argmax over tokens ⟨W_U[token], W_O(gate_s · δo_s)⟩, mean over firings and eleven steps s
     """
     block = model.layers[layer]
-    W_O, W_U = model.out_map(layer)[:, head], at_least_fp32(model.unembedding)  # [D, V], [vocab, D]
+    W_O = model.out_map(layer)[:, head]  # [D, V]
+    W_U = at_least_fp32(model.unembedding)  # [vocab, D]
     total = W_O.new_zeros(len(sae.key), W_O.shape[1])
     for which, t, stream, cache, _ in runs_to(model, layer, tokens, at):
         s, rest, _ = block.inputs(stream, cache.layers[layer])
         gate, _ = block.mixer.gate_and_scale(s.v, rest)  # any v will do: it plays no part in gates
-        key, value = sae.decode(at.atom[which], at.a[which])
-        gain, _ = propagate(key[:, None].to(s.k), s.heads([head]))  # [e, 11, 1]
-        moved = gate[:, :, head] * gain * value[:, None].to(s.v)  # [e, 11, V]
-        total.index_add_(0, at.atom[which].to(total.device), moved.sum(1))
-    return (total @ W_O.T @ W_U.T).argmax(-1).cpu()  # a sum has the argmax of its mean
+        atom = at.atom[which]
+        key, value = sae.decode(atom, at.a[which])
+        key = key[:, None].to(s.k)
+        value = value[:, None].to(s.v)
+        gain, _ = propagate(key, s.heads([head]))  # [e, 11, 1]
+        moved = gate[:, :, head] * gain * value  # [e, 11, V]
+        total.index_add_(0, atom.to(total.device), moved.sum(1))
+    logits = total @ W_O.T @ W_U.T
+    return logits.argmax(-1).cpu()  # a sum has the argmax of its mean
 
 
 @torch.inference_mode()
@@ -1100,6 +1235,7 @@ def token_change(model: LanguageModel, layer: int, head: int, tokens: Tensor, at
     change = torch.zeros(len(token))
     for which, t, stream, cache, native in runs_to(model, layer, tokens, at):
         edit = Edit(layer, head, t, key[which].to(native), value[which].to(native))
-        moved = (onward(model, layer, stream, cache, [edit]) - native).mean(1)  # [e, vocab]
-        change[which] = moved.cpu().gather(1, token[which][:, None])[:, 0]
+        edited = onward(model, layer, stream, cache, [edit])
+        moved = (edited - native).mean(1).cpu()  # [e, vocab]
+        change[which] = moved.gather(1, token[which][:, None])[:, 0]
     return change
