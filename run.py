@@ -608,7 +608,7 @@ def variants(cell: Cell, x, y):
 
 def compare(cell: Cell):
     """Compare dictionaries at the same positions: sizes, several atoms a write (active), other
-    kinds (variants). One to five minutes a model.
+    kinds (variants). Half a minute to two minutes a model.
 
     left, won, covered: as `replace` has them.  near: in numbers, or as later reads see it.  of: how
     many of the atoms are active; all are signed and refitted in --what active.  unexplained: share
@@ -899,7 +899,7 @@ def show_text(cell: Cell, heads: list, size: float = 0.5):
 
 def steer(cell: Cell):
     """Edit the memory at a prompt's last three tokens, so that a target of rank 100 to 1000 is said
-    later on; beside it edits of the input. Four minutes a model; a few seconds with --prompt.
+    later on; beside it edits of the input. Two minutes a model; a few seconds with --prompt.
 
     persists: among 12 tokens said after 1, 4, 8 or 12 unedited ones were forced, in % [95 %].
     appears: among 20 said freely.  states: how far they move, of their norm.  ppl: of the 12 after

@@ -46,7 +46,7 @@ progress: Callable = iter  # wraps long loops; run.py puts a progress bar here
 
 # ---- 1. The dictionary ----
 # New here: atoms, how a write's is found, and two ways to get them: drawn, or learned.
-# (`as_writes` and `metric_or_identity` check what comes from outside: section 5.)
+# (`as_writes` and `metric_or_identity` check what comes from outside; with files in section 5.)
 def unit(x, M):
     """Scale vectors x [..., D] to length 1 as the metric M [D, D] measures it: xᵀ M x = 1."""
     return x / ((x @ M) * x).sum(-1, keepdim=True).sqrt().clamp_min(1e-30)
@@ -110,26 +110,13 @@ class WriteSAE(nn.Module):
         return self.decode(*self.encode(k, v))
 
     def save(self, path: str):
-        """Write key, value, M_k, M_v and about to a safetensors file. Raises InputError."""
-        names = ("key", "value", "M_k", "M_v")
-        tensors = {name: getattr(self, name).cpu().contiguous() for name in names}
-        require(all(x.isfinite().all() for x in tensors.values()),
-                f"{path}: not written, this SAE holds NaN or Inf")
-        with whole_file(path) as temporary:
-            about = {"about": json.dumps(self.about)}
-            safetensors.torch.save_file(tensors, temporary, metadata=about)
+        """Write it to a safetensors file. Raises InputError."""
+        save_sae(self, path)
 
-    @classmethod
-    def load(cls, path: str) -> WriteSAE:
+    @staticmethod
+    def load(path: str) -> WriteSAE:
         """Read what `save` wrote. Raises InputError for a file that holds no such SAE."""
-        check_file(path)
-        with as_input_error(path, "give a file that `save` wrote"):
-            with safetensors.safe_open(path, "pt") as f:
-                tensors = {name: f.get_tensor(name) for name in f.keys()}
-                notes = (f.metadata() or {}).get("about", "{}")
-            old = "atoms.keys" in tensors
-            require(not old, f"{path}: is an SAE of version 2 of this project; train it anew")
-            return cls(**tensors, about=dict(json.loads(notes)))
+        return load_sae(path)
 
 
 def untrained(k, v, n, rng, M_k=None, M_v=None) -> WriteSAE:
@@ -193,19 +180,16 @@ def kl_divergence(log_p, log_q):
 
     Σ p (e^d − 1 − d) with d = log q − log p. The added Σ p (e^d − 1) = Σ q − Σ p is zero, but now
     every term is ≥ 0 and of second order in d, so that an effect of 1e-9 nats is still seen in
-    fp32, where Σ p (log p − log q) ends at 1e-7. (Beyond d = 60, where e^d would overflow, a term
-    is q − p (1 + d).) A block of rows at a time stays in the processor's cache.
+    fp32, where Σ p (log p − log q) ends at 1e-7. (From d = 1 on, where e^d may overflow, a term is
+    q − p − p d.) A block of rows at a time stays in the processor's cache.
     """
     shape, vocab = log_p.shape[:-1], log_p.shape[-1]
     log_p, log_q = log_p.reshape(-1, vocab), log_q.reshape(-1, vocab)
     kl = log_p.new_empty(len(log_p))
     for start in range(0, len(kl), 128):
         rows = slice(start, start + 128)
-        p, d = log_p[rows].exp(), log_q[rows] - log_p[rows]
-        terms = p * (d.clamp(max=60).expm1() - d)
-        far = d > 60
-        if far.any():
-            terms = torch.where(far, log_q[rows].exp() - p * (1 + d), terms)
+        p, q, d = log_p[rows].exp(), log_q[rows].exp(), log_q[rows] - log_p[rows]
+        terms = torch.where(d < 1, p * (d.expm1() - d), q - p - p * d)
         kl[rows] = terms.sum(-1)
     return kl.view(shape)
 
@@ -358,7 +342,7 @@ def as_near(k, v, key, value, M_k, M_v, rng):
 
 
 # ==== The main job ends here. Below: its figures, then experiments, each of its own ====
-# ---- 5. Checks of what comes from outside ----
+# ---- 5. Files, and checks of what comes from outside ----
 def as_writes(k, v, K=None, V=None):
     """Look at writes from outside: k [..., K], v [..., V], torch or NumPy, of any float type.
 
@@ -391,6 +375,29 @@ def metric_or_identity(x, M):
     require(finite and list(M.shape) == [D, D],
             f"a metric of shape {list(M.shape)} for vectors of size {D}; must be finite, [D, D]")
     return M
+
+
+def save_sae(sae: WriteSAE, path: str):
+    """Write key, value, M_k, M_v and about to a safetensors file, whole or not at all."""
+    names = ("key", "value", "M_k", "M_v")
+    tensors = {name: getattr(sae, name).cpu().contiguous() for name in names}
+    require(all(x.isfinite().all() for x in tensors.values()),
+            f"{path}: not written, this SAE holds NaN or Inf")
+    with whole_file(path) as temporary:
+        about = {"about": json.dumps(sae.about)}
+        safetensors.torch.save_file(tensors, temporary, metadata=about)
+
+
+def load_sae(path: str) -> WriteSAE:
+    """Read what `save_sae` wrote; all that can be wrong with it is an InputError."""
+    check_file(path)
+    with as_input_error(path, "give a file that `save` wrote"):
+        with safetensors.safe_open(path, "pt") as f:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+            notes = (f.metadata() or {}).get("about", "{}")
+        old = "atoms.keys" in tensors
+        require(not old, f"{path}: is an SAE of version 2 of this project; train it anew")
+        return WriteSAE(**tensors, about=dict(json.loads(notes)))
 
 
 # ---- 6. Figures of a test ----
@@ -454,10 +461,8 @@ def left_figures(effect, nothing, match, file, rng) -> dict:
     left = effect.sum() / nothing.sum()
     left_ci95 = bootstrap(effect, nothing, file, rng)
     ratio = effect / nothing.clamp_min(1e-30)
-    return dict(won=mean(effect < nothing),
-                left=left.item(), left_ci95=left_ci95,
-                typical=ratio.median().item(),
-                covered=mean(match >= COVERED))
+    return dict(won=mean(effect < nothing), left=left.item(), left_ci95=left_ci95,
+                typical=ratio.median().item(), covered=mean(match >= COVERED))
 
 
 def firing_figures(effects, at, at_untrained, index, another) -> dict:
@@ -481,9 +486,7 @@ def firing_figures(effects, at, at_untrained, index, another) -> dict:
     weakest_first = nothing[at].argsort()
     for quarter in weakest_first.tensor_split(4):
         failures.append(1 - mean(won_firings[quarter]))
-    return dict(n=int(at.sum()),
-                win_rate=mean(won_firings),
-                per_atom_win_rate=mean(wins / uses),
+    return dict(n=int(at.sum()), win_rate=mean(won_firings), per_atom_win_rate=mean(wins / uses),
                 win_rate_untrained=mean(untrained_won[at_untrained]),
                 strict_order_rate=mean(ordered[at[:, ::4]]),
                 failure_by_quartile=failures)
@@ -626,9 +629,7 @@ def leading_pair(X):
     """Return the matrix of rank 1 nearest to each X [..., K, V]: its key, with the size, and value.
     """
     U, S, W = torch.linalg.svd(X, full_matrices=False)
-    key = U[..., 0] * S[..., :1]
-    value = W[..., 0, :]
-    return key, value
+    return U[..., 0] * S[..., :1], W[..., 0, :]
 
 
 def contexts(tokens, order: int):
@@ -715,9 +716,7 @@ def three_edits(k, v, key, value):
     small = 0.1 * unit_key / value.norm(dim=-1, keepdim=True)
     goes = torch.stack([0 * k, -k, -k])
     comes = torch.stack([small, key, 0 * key])
-    v = torch.stack([v, v, v])
-    value = torch.stack([value, value, value])
-    return (goes, v), (comes, value)
+    return (goes, torch.stack([v, v, v])), (comes, torch.stack([value, value, value]))
 
 
 def norm_slope(norm: nn.Module, x: Tensor) -> Tensor:
@@ -848,9 +847,7 @@ def fitted_over_sizes(x: Tensor, y: Tensor) -> Tensor:
 
     f is gone: random numbers fit as well. What is tested is how linear the model is in ε.
     """
-    product = (x * y).sum(1, keepdim=True)
-    energy = x.square().sum(1, keepdim=True)
-    c = product / energy
+    c = (x * y).sum(1, keepdim=True) / x.square().sum(1, keepdim=True)
     return c.nan_to_num() * x
 
 
