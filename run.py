@@ -784,11 +784,13 @@ def draw_atoms(results: list, tables: list):
     """Draw three firings of the first cell, a row each on one scale: key down, value across."""
     contexts, pictures = tables[0]
     figure, axes = panels(len(pictures), 5, 2.1, 2.4)
+    for axis, title in zip(axes[0], pictures[0]):
+        axis.set_title(title)
     for row, context, matrices in zip(axes, contexts, pictures):
         largest = max(x.abs().max() for x in matrices.values())
-        for axis, (title, x) in zip(row, matrices.items()):
+        for axis, x in zip(row, matrices.values()):
             axis.imshow(x.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest)
-            axis.set(title=title, xticks=[], yticks=[])
+            axis.set(xticks=[], yticks=[])
         row[2].set_xlabel(" ".join(context.split()), parse_math=False)
     return figure
 

@@ -643,6 +643,9 @@ def test_wrong_shapes_and_edits_are_named():
     for wrong, message in edits:
         with pytest.raises(InputError, match=message):
             model(tokens, edits=[wrong])
+    stream, _ = model.run(model.embed(tokens), last=2)
+    with pytest.raises(InputError, match="layer 0.*this call runs the layers in range.2, 4"):
+        model.run(stream, edits=[edit], first=2)
 
 
 # ---- 5. The adapters in float64 NumPy, straight from their equations ----
@@ -1096,14 +1099,15 @@ def test_a_place_that_takes_no_file_is_refused_before_the_work(tmp_path):
     """Folders, devices and pipes are left as they are, and nothing is left beside them."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/null")
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_text("x")
-    for name in ("", "pipe", "device", "no/x", "file/x", "new/", "x" * 300, "nul\0"):
+    for name in ("", "pipe", "device", "loop", "no/x", "file/x", "new/", "x" * 300, "nul\0"):
         with pytest.raises(InputError, match="give another place"):
             models.check_writable(f"{tmp_path}/{name}")
         with pytest.raises(InputError), models.whole_file(f"{tmp_path}/{name}"):
             pytest.fail("the work has begun")
     models.check_writable(str(tmp_path / "new"))
-    assert sorted(os.listdir(tmp_path)) == ["device", "file", "pipe"]
+    assert sorted(os.listdir(tmp_path)) == ["device", "file", "loop", "pipe"]
     assert (tmp_path / "pipe").is_fifo() and os.path.exists("/dev/null")
     with pytest.raises(InputError, match="made a folder"):
         models.save(tiny_model("gdn"), {}, tmp_path / "file")
@@ -2576,7 +2580,7 @@ def test_the_readme_is_short_and_its_numbers_are_measured():
     assert not [x for x in numbers if x not in {*GIVEN, *said_in_figures()}]
 
 
-GIVEN = "15 20 30 2,048 0.98".split()  # minutes of reading, the number of atoms, the paper's R²
+GIVEN = "15 20 30 2,048 0.98 4.5".split()  # minutes, atoms, the paper's R², GB
 
 
 def said_in_figures() -> set[str]:
