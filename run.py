@@ -367,7 +367,7 @@ def check_about(cell: Cell, sae: WriteSAE, path: str):
 class Command(NamedTuple):
     """What a command does. An experiment measures one cell; others do all their work themselves.
     The function's docstring is its --help, and is printed above an experiment's table."""
-    function: Callable  # cell -> results (dicts), lines to print, a table for `draw`; args -> status
+    function: Callable  # cell -> results (dicts), lines to print, table for `draw`; args -> status
     options: str
     heading: str = ""  # of an experiment's table
     passages: tuple[int, int] = (176, 12)  # how many are tested, and with --quick

@@ -26,9 +26,7 @@ reads see it; and learning buys nearness. "The paper" is WriteSAE, arXiv 2605.12
 
 from __future__ import annotations
 
-import functools
 import json
-import math
 from typing import Callable, NamedTuple
 
 import safetensors.torch
@@ -38,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import Cache, Edit, LanguageModel, StepInputs, Stream, as_input_error, at_least_fp32
+from models import Cache, Edit, LanguageModel, StepInputs, as_input_error, at_least_fp32
 from models import check_cell, check_file, outer, propagate, recurrence, require, whole_file
 
 progress: Callable = iter  # wraps long loops; run.py puts a progress bar here
@@ -200,9 +198,8 @@ def effect(model, tokens, t, edits):
 
         Σ KL(native ‖ edited) of the next-token distribution at t, t + 1, ..., t + 10, in nats
 
-    To replace a write, take it out and put the stand-in in: two edits at one place,
-    Edit(layer, head, t, -k, v) and Edit(layer, head, t, key, value). Raises InputError if not ten
-    tokens come after t.
+    To replace a write, two edits: Edit(layer, head, t, -k, v) takes it out, and Edit(layer, head, t,
+    key, value) puts the stand-in there. Raises InputError if not ten tokens come after t.
     """
     require(t + LATER <= tokens.shape[1], f"position {t} of {tokens.shape[1]} tokens: "
             f"{LATER - 1} must come after it")
