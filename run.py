@@ -431,7 +431,8 @@ def run_experiment(experiment: Command, args) -> int:
                 failed += 1
                 continue
             if not shown and not args.prompt:
-                print(f"{inspect.getdoc(experiment.function)}\n\n{experiment.heading}")
+                legend = inspect.getdoc(experiment.function) or ""  # python -OO leaves none
+                print(f"{legend}\n\n{experiment.heading}")
             print("\n".join(lines), flush=True)
             shown.append((results, table))
             if args.json:

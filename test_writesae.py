@@ -2372,8 +2372,11 @@ GOLDEN = {  # figures of quick runs, made once and looked at
 
 
 @EACH_KIND
-def test_replace_gives_the_figures_that_it_gave(tmp_path, text, kind):
+def test_replace_gives_the_figures_that_it_gave(tmp_path, text, kind, monkeypatch):
     """The split, the seed, the defaults and every step up to the figures are in them."""
+    tried, effects = {}, run.Cell.effects
+    monkeypatch.setattr(run.Cell, "effects", lambda cell, positions, stand_ins: effects(
+        cell, positions, tried.update(stand_ins) or stand_ins))
     command = f"replace --model {kind} --train-text {text} --passages 4 --atoms 64 --seed 1"
     (r,) = quick(tmp_path, f"{command} --plot {tmp_path}/r.png", "replace")
     names = ["nothing", "random direction", "random writes", "learned", "random writes by reads",
@@ -2381,6 +2384,8 @@ def test_replace_gives_the_figures_that_it_gave(tmp_path, text, kind):
     assert [row["name"] for row in r["rows"]] == names
     figures = [x for row in r["rows"][1:] for x in (row["left"], row["covered"])]
     assert figures == pytest.approx(GOLDEN[kind], abs=2e-3)
+    atom = (x[:, ::4] for x in tried["learned by reads"])
+    assert cosine(*tried["another"], *atom).max() < 0.999, "another atom is another one"
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
