@@ -198,7 +198,7 @@ def effect(model, tokens, t, edits):
 
         Σ KL(native ‖ edited) of the next-token distribution at t, t + 1, ..., t + 10, in nats
 
-    To replace a write, two edits: Edit(layer, head, t, -k, v) takes it out, and Edit(layer, head, t,
+    To replace a write, two edits: Edit(layer, head, t, -k, v) takes it out, Edit(layer, head, t,
     key, value) puts the stand-in there. Raises InputError if not ten tokens come after t.
     """
     require(t + LATER <= tokens.shape[1], f"position {t} of {tokens.shape[1]} tokens: "
