@@ -92,8 +92,7 @@ class WriteSAE(nn.Module):
         self.about = about or {}
 
     def encode(self, k, v):
-        """Choose each write's atom: k [N, K], v [N, V] -> index [N], a [N], which is ≥ 0. (Other
-        axes may stand in place of N.)"""
+        """Choose each write's atom: k [..., K], v [..., V] -> index [...], a [...] (a is ≥ 0)."""
         k, v = as_writes(k, v, self.key.shape[1], self.value.shape[1])
         k, v, N = k.to(self.key), v.to(self.key), k.shape[:-1]
         index, a = nearest(k.flatten(0, -2), v.flatten(0, -2), self.find_key, self.find_value)
@@ -152,7 +151,8 @@ def fit(k, v, n, rng, M_k=None, M_v=None, steps=12, sample=None, memory=0.75) ->
         x, y = k[drawn], v[drawn]
         x_seen, y_seen = x @ M_k, y @ M_v  # so that ⟨key, x⟩ = key · x_seen
         index, a = nearest(x_seen, y_seen, key, value)  # 1.
-        key_sum, value_sum, count = memory * key_sum, memory * value_sum, memory * count
+        for held in (key_sum, value_sum, count):
+            held *= memory
         count.index_add_(0, index, torch.ones_like(a))
         used = count > 0.5
         weight = a * (value[index] * y_seen).sum(-1)  # 2.
@@ -164,7 +164,8 @@ def fit(k, v, n, rng, M_k=None, M_v=None, steps=12, sample=None, memory=0.75) ->
         unused = (~used).nonzero()[:sample, 0]  # 3.
         worst = a.argsort()[: len(unused)]
         key[unused], value[unused] = x[worst], y[worst]
-        key_sum[unused], value_sum[unused], count[unused] = 0, 0, 0
+        for held in (key_sum, value_sum, count):
+            held[unused] = 0
     return WriteSAE(key, value, M_k, M_v)
 
 
@@ -178,8 +179,7 @@ def kl_divergence(log_p, log_q):
 
     Σ p (e^d − 1 − d) with d = log q − log p. The added Σ p (e^d − 1) = Σ q − Σ p is zero, but now
     every term is ≥ 0 and of second order in d, so that an effect of 1e-9 nats is still seen in
-    fp32, where Σ p (log p − log q) ends at 1e-7. (From d = 1 on, where e^d may overflow, a term is
-    q − p − p d.) A block of rows at a time stays in the processor's cache.
+    fp32, where Σ p (log p − log q) ends at 1e-7. (From d = 1 on a term is q − p − p d.)
     """
     shape, vocab = log_p.shape[:-1], log_p.shape[-1]
     log_p, log_q = log_p.reshape(-1, vocab), log_q.reshape(-1, vocab)
