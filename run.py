@@ -422,8 +422,10 @@ def run_experiment(experiment: Command, args) -> int:
             name, layer, _ = mine[i]
             if reader is None or reader.model.name != name:
                 reader = Reader(name, args, n)
+                files = len(reader.file.unique())
+                few = ", too few for intervals" if files < 10 else ""
                 say(f"{args.command} {name}: {len(reader.tokens)} passages of {PASSAGE} tokens, "
-                    f"{reader.model.device}, seed {args.seed}")
+                    f"from {files} files{few}, {reader.model.device}, seed {args.seed}")
             heads = [job[2] for job in mine if job[:2] == (name, layer)]
             found = measured(experiment.function, mine[i], heads, reader)
         for results, lines, table in filter(None, gathered(found, rank, processes)):
@@ -726,11 +728,11 @@ def atoms(cell: Cell):
     """Show what the most used atoms stand for: their tokens, their contexts, and what their edits
     do to the token that they promote. Half a minute a model.
 
-    n, files: how often the atom covers a write (cosine 0.71 or more), in how many files.  on: the
-    token where it does so most, with its share.  promotes: the token it raises most, by the gated
-    formula, in every second file.  removed, added: how log p of that token changes in the other
-    files (nats, mean over eleven steps) when a A is taken out, or added where it does not fire
-    [95 % by file].
+    In the order of their use in every second file.  n, files: how often the atom covers a write
+    (cosine 0.71 or more), in how many files.  on: the token where it does so most, with its share.
+    promotes: the token it raises most, by the gated formula, in every second file.  removed, added:
+    how log p of that token changes in the other files (nats, mean over eleven steps) when a A is
+    taken out, or added where it does not fire [95 % by file].
     """
     sae, (k, v) = cell.learned, cell.tested_writes(slice(None))
     inside = torch.isin(torch.arange(PASSAGE), torch.tensor(EVERYWHERE))
@@ -1226,8 +1228,8 @@ Write the bodies of these functions, in this order; the docstrings say what each
 {}
 
 To install: `pip install torch numpy safetensors pytest hypothesis` (PyTorch's CPU build will do).
-To check: `python -m pytest -q`, here. A test that fails names the mistake where it knows it. Right
-when all tests pass.
+To check: `python -m pytest -q --tb=line`, here. A test that fails names the mistake where it knows
+it. Right when all tests pass.
 """
 
 
