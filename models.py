@@ -140,9 +140,6 @@ def propagate(key: Tensor, s: StepInputs) -> tuple[Tensor, Tensor]:
 
         u_t = key        u_r = A_r u_{r-1}        δo_r = (u_r · q_r) y
 
-    That is the recurrence itself with a value size of 1, driven by the single write (key, 1) at its
-    first step (whose own transition does no harm: it meets an empty state).
-
     key [B, H, K], one edit per head; s: those heads' six tensors from the edited token on (k and v
     play no part). Returns gain [B, T, H], the u_r · q_r, and the last u [B, H, K]. In the example
     of `recurrence`, an edit under (1, 0) is read whole, and by 0.5 − 0.25 of itself a token later:
@@ -154,6 +151,8 @@ def propagate(key: Tensor, s: StepInputs) -> tuple[Tensor, Tensor]:
     >>> gain[0, :, 0].tolist(), u[0, 0].tolist()
     ([1.0, 0.25], [0.25, 0.0])
     """
+    # That is the recurrence itself, with a value size of 1 and the single write (key, 1), at the
+    # first step, whose own transition does no harm: it meets an empty state.
     later = s.q.shape[1] - 1
     keys = F.pad(key[:, None], (0, 0, 0, 0, 0, later))  # [B, T, H, K], zero after the first step
     ones = torch.ones_like(keys[..., :1])  # [B, T, H, 1]

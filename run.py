@@ -6,12 +6,11 @@
     formula     predict how an edit moves the logits, from three factors to the exact second order
     steer       edit the memory so that a token is said later on, beside an edit of the input
     train       learn dictionaries and keep them: --head all --sae FOLDER
-    pretrain    train an embedded model from nothing
     assignment  make a folder of exercises: functions emptied, with the tests that grade them
 
 Results go to stdout, decisions and progress to stderr. A wrong input ends in one line on stderr and
 exit status 2. Order of this file: knobs - text - cells - the driver of all experiments - the
-experiments - train, pretrain, assignment - the command line.
+experiments - train, assignment - the command line.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
@@ -383,18 +381,9 @@ def measured(measure: Callable, job: tuple, heads: list[int], reader: Reader):
         results, lines, table = measure(Cell(reader, layer, head, heads))
     except (InputError, RuntimeError) as error:  # such as a GPU that is too small
         return None, f"error: {name} L{layer}H{head}: {error!s:.500}", None
-    results = [no_nan(place | r) for r in results]
     results[0].setdefault("seconds", round(time.time() - began, 1))
-    return results, lines, table
-
-
-def no_nan(x):
-    """Return the same results with None for NaN, which JSON has no word for."""
-    if isinstance(x, dict):
-        return {key: no_nan(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [no_nan(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+    text = json.dumps([place | r for r in results])
+    return json.loads(text, parse_constant=lambda nan: None), lines, table  # JSON has no NaN
 
 
 def gathered(found, rank: int, processes: int) -> list:
@@ -525,27 +514,12 @@ def replace(cell: Cell):
     for r in rows:
         lines.append(f"  {r['name']:22}{r['left']:7.3f} {ends(r['left_ci95']):14}"
                      f"{r['typical']:9.3f}{r['won']:8.1%}{r['covered']:9.1%}")
-    return [result], lines, effects
+    return [result], lines, None
 
 
 def ends(interval: list[float] | None, form: str = ".3f") -> str:
     """Write an interval as [low, high], or nothing where there is none."""
     return "" if interval is None else f"[{interval[0]:{form}}, {interval[1]:{form}}]"
-
-
-def draw_replace(results: tuple, tables: tuple):
-    """Draw what each stand-in leaves of the effect of nothing, a panel for each cell."""
-    figure, axes = panels(1, len(results), 3.2, 3.4)
-    for axis, (r,) in zip(axes[0], results):
-        for i, row in enumerate(r["rows"]):
-            colour = COLOURS[0] if "learned" in row["name"] else COLOURS[1]
-            axis.barh(-i, row["left"], color=colour if i < 6 else COLOURS[2])
-            axis.text(row["left"] + 0.02, -i, f"{row['left']:.2f}", va="center")
-        axis.set(title=f"{r['model']} L{r['layer']}H{r['head']}", xlim=(0, 1.25), yticks=[],
-                 xlabel="effect left, of nothing's")
-    names = [row["name"] for row in results[0][0]["rows"]]
-    axes[0, 0].set_yticks([-i for i in range(len(names))], names)
-    return figure
 
 
 # ---- 6. compare: dictionaries side by side ----
@@ -844,33 +818,20 @@ def formula(cell: Cell):
         predicted, measured, added, guesses = predict_and_measure(cell)
     finally:
         cell.model.to(dtype)
-    rungs, clouds, n = [], [], measured.shape[1]
+    rungs, n = [], measured.shape[1]
     lines = [f"{cell.name}: {n:,} firings, {atoms:,} atoms"]
     for name, y in zip(writesae.RUNGS, predicted):
         (r2, slope, sign), (swap, *_), (delete, *_) = map(writesae.agreement, measured, y)
         rungs.append(dict(name=name, fitted=False, r2_small=r2, r2_swap=swap, r2_delete=delete,
                           slope=slope, sign=sign))
         lines.append(f"  {name:34}{r2:11.4g}{slope:10.2g}{sign:9.1%}{swap:11.3g}{delete:11.3g}")
-        clouds.append((f"{cell.name}: R² {r2:.4g}\n{name}", y[0], measured[0]))
     for name, guess in zip(writesae.FITTED, guesses):
         y = writesae.fitted_over_sizes(guess, added)
         r2 = torch.tensor([r2 for r2, *_ in map(writesae.agreement, added, y)]).median().item()
         rungs.append(dict(name=name, fitted=True, r2_small=r2, r2_swap=None, r2_delete=None,
                           slope=None, sign=None))
         lines.append(f"  {name:34}{r2:11.4g}")
-        clouds.append((f"{cell.name}: R² {r2:.4g}\n{name}", y, added))
-    return [dict(n=n, rungs=rungs)], lines, [clouds[i] for i in (0, 5, 7, 8)]
-
-
-def draw_formula(results, tables):
-    """Draw measured against predicted changes of logits, small edits: a column for each cell."""
-    figure, axes = panels(4, len(tables), 4.2, 3)
-    for axis, (title, x, y) in zip(axes.T.flat, sum(tables, [])):
-        axis.scatter(x, y, 3, color=COLOURS[0], linewidths=0)
-        axis.axline((0, 0), slope=1, color="black", linewidth=0.7)
-        axis.set(title=title, xlabel="predicted change of a logit", ylabel="measured")
-        axis.locator_params(nbins=4)
-    return figure
+    return [dict(n=n, rungs=rungs)], lines, None
 
 
 # ---- 9. steer: edits of the memory after which a token is said ----
@@ -878,7 +839,6 @@ def check_steer(args):
     """Raise InputError for options that do not go together."""
     require("all" not in (args.layer, args.head), "steer: one --layer, one --head; or --reach all")
     require((args.prompt is None) == (args.target is None), "give --prompt with --target")
-    require(not (args.prompt and args.plot), "--plot draws the table, and --prompt makes none")
 
 
 @torch.no_grad()
@@ -943,23 +903,6 @@ def steer(cell: Cell):
     return rows, lines, None
 
 
-def draw_steer(results: tuple, tables: tuple):
-    """Draw how often absent targets are said, by the perplexity of what is said, for each model."""
-    figure, axes = panels(1, len(results))
-    for axis, rows in zip(axes[0], results):
-        for kind, edited, colour in zip(("memory", "residual"), ("state", "input"), COLOURS):
-            mine = [r for r in rows if (r["kind"], r["target"]) == (kind, "absent")]
-            perplexity = [r["perplexity"] for r in mine]
-            for i, line in ((0, "o-"), (2, "s--")):
-                rates = [r["persists"][i]["rate"] for r in mine]
-                label = f"{edited} edited, {writesae.FORCED[i]} forced"
-                axis.semilogx(perplexity, rates, line, base=2, color=colour, label=label)
-        axis.set(title=rows[0]["model"], xlabel="perplexity of what is said")
-    axes[0, 0].set_ylabel("absent targets that are said")
-    axes[0, 0].legend(fontsize=8)
-    return figure
-
-
 # ---- 10. train: learn dictionaries and keep them ----
 def train(cell: Cell):
     """Learn dictionaries by reads (near as later reads see it) and keep each in --sae as soon as it
@@ -974,208 +917,28 @@ def train(cell: Cell):
     return [dict(n_atoms=len(sae.key), covered=covered)], [line], None
 
 
-# ---- 11. pretrain: an embedded model from nothing, small enough for two CPU cores ----
-BATCH = 8  # windows a step: with Muon, many small steps are the better use of a CPU's hours
-REPORT_EVERY = 200  # steps
-PEAK_LR = 1.2e-2  # of both optimisers, after a short warm-up; then linearly to zero
-
-
-def train_tokenizer(texts, vocab: int):
-    """Train byte-level BPE of vocab entries; entry 0 separates files."""
-    from tokenizers import Tokenizer, decoders, models as kinds, pre_tokenizers, trainers
-
-    byte_level, tokenizer = pre_tokenizers.ByteLevel, Tokenizer(kinds.BPE())
-    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    settings = dict(vocab_size=vocab, special_tokens=["<|endoftext|>"], show_progress=False)
-    trainer = trainers.BpeTrainer(initial_alphabet=byte_level.alphabet(), **settings)
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def encode_files(tokenizer, files: dict[str, str]) -> Tensor:
-    """Encode all files one after the other, each opened by the separator: [N]."""
-    encoded = [torch.tensor([0, *tokenizer.encode(text).ids]) for text in files.values()]
-    return torch.cat(encoded)
-
-
-@torch.no_grad()
-def initialise(model: LanguageModel, rng: torch.Generator):
-    """Draw weights: matrices ~ N(0, 1/width), maps back to the stream zero, gates as in papers."""
-    def uniform(n: int, low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(n, generator=rng)
-
-    def step_sizes(bias: Tensor, low: float, high: float):  # softplus(bias) = Δ, log Δ uniform
-        delta = uniform(len(bias), low, high).exp()
-        bias.copy_(delta + torch.log(-torch.expm1(-delta)))
-
-    model.embedding.weight.normal_(0, 0.05, generator=rng)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv1d):
-            module.weight.normal_(0, 0.3, generator=rng)
-        elif isinstance(module, nn.Linear):
-            back = name.endswith(("out_proj", "o_proj", "down_proj", "mlp.value"))
-            deviation = 0.0 if back else module.in_features**-0.5
-            module.weight.normal_(0, deviation, generator=rng)
-        if isinstance(module, (nn.Conv1d, nn.Linear)) and module.bias is not None:
-            module.bias.zero_()
-    for module in model.modules():
-        if isinstance(module, models.GatedDeltaNet):  # decays e^{−A Δ}, A 1 to 16, Δ 0.001 to 0.1
-            module.A_log.copy_(uniform(module.heads, 1, 16).log())
-            step_sizes(module.dt_bias, -6.9, -2.3)
-        elif isinstance(module, models.Mamba2):
-            # Δ scales the write too: at the paper's 0.001 to 0.1 the skip is so much larger that a
-            # short training never uses the state. So Δ 0.1 to 1, and no skip.
-            module.A_log.copy_(uniform(module.heads, math.log(0.1), math.log(2)))
-            step_sizes(module.dt_bias, math.log(0.1), 0)
-            module.skip.zero_()
-        elif isinstance(module, models.RWKV7):
-            ramp, decay = torch.linspace(0, 1, module.x_r.numel()), module.w_lora[2].bias
-            for c, power in zip("rwkvag", (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)):
-                getattr(module, f"x_{c}").copy_(1 - ramp**power)
-            decay.copy_(-6 + 6.5 * torch.linspace(0, 1, decay.numel()))
-        elif isinstance(module, models.ChannelMix):
-            module.x_k.copy_(1 - torch.linspace(0, 1, module.x_k.numel()) ** 2)
-
-
-def optimisers(model: LanguageModel) -> list[torch.optim.Optimizer]:
-    """Make Muon for the matrices inside the layers, AdamW for embedding, head and small tensors."""
-    matrices, others = [], []
-    for name, p in model.named_parameters():
-        inside = name.startswith("layers") and p.dim() == 2 and min(p.shape) >= 32
-        (matrices if inside else others).append(p)
-    muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.95))]
-
-
-def training_batch(tokens: Tensor, seed: int, step: int) -> Tensor:
-    """Take the step-th batch [BATCH, CONTEXT + 1]: each epoch cuts the text anew and shuffles."""
-    per_epoch = (len(tokens) - 2 * CONTEXT) // CONTEXT // BATCH
-    epoch, i = divmod(step, per_epoch)
-    rng = torch.Generator().manual_seed(seed * 1000 + epoch)
-    offset = torch.randint(CONTEXT, (1,), generator=rng)
-    order = torch.randperm(per_epoch * BATCH, generator=rng)
-    starts = offset + order[i * BATCH : (i + 1) * BATCH] * CONTEXT
-    return tokens[starts[:, None] + torch.arange(CONTEXT + 1)]
-
-
-@torch.inference_mode()
-def bits_per_byte(model: LanguageModel, tokens: Tensor, bytes_per_token: float) -> float:
-    """Measure cross-entropy in bits per byte of text (lower is better): windows of CONTEXT tokens
-    that move by half a window, each token scored once, after half a window or more. tokens [N]"""
-    half, nats = CONTEXT // 2, []
-    starts = torch.arange(0, len(tokens) - CONTEXT - 1, half)
-    for part in starts.split(16):
-        x = tokens[part[:, None] + torch.arange(CONTEXT + 1)].to(model.device)
-        scored = model(x[:, :-1])[0][:, half:].float().mT
-        nats.append(F.cross_entropy(scored, x[:, half + 1 :], reduction="none").cpu())
-    return torch.cat(nats).mean().item() / math.log(2) / bytes_per_token
-
-
-def train_step(model: LanguageModel, both: list, x: Tensor, step: int, steps: int) -> float:
-    """Train on tokens x [BATCH, CONTEXT + 1] with both optimisers; return nats per token."""
-    with torch.autocast(x.device.type, torch.bfloat16):
-        logits, _ = model(x[:, :-1])
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), x[:, 1:].flatten())
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimiser in both:
-        for group in optimiser.param_groups:
-            group["lr"] = PEAK_LR * min(1, (step + 1) / 100, (steps - step) / (0.9 * steps))
-        optimiser.step()
-        optimiser.zero_grad()
-    return loss.item()
-
-
-def pretrain_one(name: str, folder: str, text: tuple, device: torch.device, args):
-    """Train one model and write its folder, the weights last: where they are, all is."""
-    shape = models.read_json(os.path.join(HERE, "checkpoints", name, "config.json"))
-    shape = {key: x for key, x in shape.items() if key not in ("pretraining", "dtype")}
-    (training, tested), weights = text, os.path.join(folder, "model.safetensors")
-    tokenizer = train_tokenizer(training.values(), shape["vocab_size"])
-    tokens, unseen = encode_files(tokenizer, training), encode_files(tokenizer, tested)
-    least = (BATCH + 2) * CONTEXT
-    require(len(tokens) >= least and len(unseen) > CONTEXT + 1, f"{len(tokens)} tokens of training "
-            f"text, {len(unseen)} held out; allowed are {least} and {CONTEXT + 2} or more")
-    size = sum(len(text.encode()) for text in tested.values()) / len(unseen)  # bytes per token
-    model = models.build(shape)
-    initialise(model, torch.Generator().manual_seed(args.seed))
-    both, few = optimisers(model.to(device)), unseen[:20_000]
-    steps = max(1, (50_000 if args.quick else args.tokens) // (CONTEXT * BATCH))
-    say(f"pretrain {name}: {steps:,} steps of {BATCH} x {CONTEXT} of {len(tokens):,} tokens, "
-        f"{len(unseen):,} held out ({size:.2f} bytes each), {model.device}, seed {args.seed}")
-    for step in progress(range(steps)):
-        x = training_batch(tokens, args.seed, step).to(model.device)
-        loss = train_step(model, both, x, step, steps)
-        if (step + 1) % REPORT_EVERY == 0:
-            bits = bits_per_byte(model, few, size)
-            say(f"step {step + 1:5d}  train {loss:.3f} nats/token  held-out {bits:.3f} bits/byte")
-    bits = bits_per_byte(model, few if args.quick else unseen, size)
-    how = dict(steps=steps, tokens=steps * CONTEXT * BATCH, held_out_bits_per_byte=round(bits, 4))
-    if os.path.exists(weights):
-        os.remove(weights)  # never old weights with a new tokenizer
-    with models.whole_file(os.path.join(folder, "tokenizer.json")) as temporary:
-        tokenizer.save(temporary)
-    models.save(model, shape | dict(pretraining=how), folder)
-    print(f"{name}: held-out {bits:.3f} bits per byte, saved in {folder}")
-
-
-def pretrain(args) -> int:
-    """Train embedded models from nothing into --out FOLDER/NAME, in the hub's layout, and print
-    their held-out bits per byte. Half an hour a model on two cores. Refused before any work where a
-    model is already (but for --force) or where none can be written."""
-    text, device = choose_text(args), pick_device(args.device)
-    for name in args.models:
-        folder = os.path.join(args.out, name)
-        weights = os.path.join(folder, "model.safetensors")
-        require(args.force or not os.path.exists(weights), f"{folder} holds a model; --force "
-                "writes over it, --out FOLDER names another place")
-        with models.as_input_error(folder, "give another --out", "made a folder"):
-            os.makedirs(folder, exist_ok=True)
-        models.check_writable(weights)
-    for name in args.models:
-        pretrain_one(name, os.path.join(args.out, name), text, device, args)
-    return 0
-
-
-# ---- 12. assignment: functions emptied, with the tests that grade them ----
-ASSIGNMENTS = {  # name: function, file, minutes; where a paragraph of its docstring gives the
-    # solution away: words of that paragraph, and what stands in its place
+# ---- 11. assignment: functions emptied, with the tests that grade them ----
+ASSIGNMENTS = {  # name: function, file, minutes
     "recurrence": ("recurrence", "models.py", 20),
-    "propagate": ("propagate", "models.py", 30, "That is the recurrence itself", "Few lines do."),
+    "propagate": ("propagate", "models.py", 30),
     "mamba2_inputs": ("Mamba2.inputs", "models.py", 30),
     "encode": ("WriteSAE.encode", "writesae.py", 15),
-    "kl_divergence": ("kl_divergence", "writesae.py", 20, "of second order", """\
-    An effect of 1e-9 nats is still seen in fp32, where Σ p (log p − log q) ends at 1e-7."""),
+    "kl_divergence": ("kl_divergence", "writesae.py", 20),
     "effect": ("effect", "writesae.py", 15),
     "bootstrap": ("bootstrap", "writesae.py", 20),
-    "fit": ("fit", "writesae.py", 60, "rests on more", """\
-    Sums and counts keep `memory` of what they held; an atom whose count is 0.5 or less starts anew.
-    Writes are brought to unit length first. k [N, K], v [N, V]; sample: how many writes a step, by
-    default max(30,000, 8 n). The first atoms are torch.randint(N, (n,), generator=rng), each step's
-    writes torch.randint(N, (sample,), generator=rng). Raises InputError for what are no writes, and
-    for n > N."""),
-    "read_key": ("read_key", "writesae.py", 45, "leading eigenvector", """\
-    Of its two signs take the one for which the gains of all reads sum to more than zero."""),
+    "fit": ("fit", "writesae.py", 60),
+    "read_key": ("read_key", "writesae.py", 45),
 }
 
 
 def emptied(text: str, name: str) -> str:
-    """Empty a function in the text of its file: its head and docstring stay, but no solution."""
-    function, _, _, *hidden = ASSIGNMENTS[name]
+    """Empty a function in the text of its file: its head and its docstring stay."""
     node, lines = ast.parse(text), text.split("\n")
-    for part in function.split("."):
+    for part in ASSIGNMENTS[name][0].split("."):
         (node,) = [x for x in node.body if getattr(x, "name", "") == part]
     docstring = node.body[0]
-    start, indent = docstring.lineno - 1, " " * docstring.col_offset
-    text = "\n".join(lines[start : docstring.end_lineno]).strip('" \n')
-    paragraphs = text.split("\n\n")
-    if hidden:
-        (i,) = [i for i, paragraph in enumerate(paragraphs) if hidden[0] in paragraph]
-        paragraphs[i] = indent + hidden[1].strip()
-    body = '"""' + "\n\n".join(paragraphs) + f'\n{indent}"""'
-    lines[start : node.end_lineno] = [indent + body,
-                                      f'{indent}raise NotImplementedError("write {name}")']
+    not_written = " " * docstring.col_offset + f'raise NotImplementedError("write {name}")'
+    lines[docstring.end_lineno : node.end_lineno] = [not_written]
     return "\n".join(lines)
 
 
@@ -1233,7 +996,7 @@ it. Right when all tests pass.
 """
 
 
-# ---- 13. The command line ----
+# ---- 12. The command line ----
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as one line."""
     def error(self, message: str):
@@ -1282,13 +1045,9 @@ OPTIONS = {  # each option once; the commands below name those that they take
     "target": dict(metavar="TOKEN", help="the one token that is to be said after --prompt"),
     "reach": dict(default="all", choices=["all", "head"], help="which heads are edited: all of all "
                   "layers, or as in the paper one (default all)"),
-    "tokens": dict(type=positive, default=8_192_000, help="how many are read in training"),
     "out": dict(metavar="FOLDER", help="where the folder is made"),
-    "force": dict(action="store_true", help="write over the model that is there"),
     "list": dict(action="store_true", help="print what can be assigned"),
 }
-CELL = "model layer head seed quick device dtype train-text "
-TEST = CELL + "text passages json "
 REPLACE = f"{'':24}{'left':>7} {'[95 %]':14}{'typical':>9}{'won':>8}{'covered':>9}"
 COMPARE = (f"  {'':25}{'near':8}{'atoms':>6}{'of':>3}{'left':>7} {'[95 %]':15}{'won':>6}"
            f"{'covered':>9}{'unexpl.':>8}{'worth: left, covered':>21}")
@@ -1298,15 +1057,14 @@ FORMULA = f"{'':36}  small: R²     slope     sign   swap: R² delete: R²"
 STEER = f"{'':35}persists: 1 {'4':12}{'8':12}{'12':7}appears states ppl"
 TRAIN = f"{'cell':24}{'atoms':>8}{'covered':>9}  kept in"
 CELL = "model layer head seed quick device dtype train-text "
-TEST = CELL + "text passages json plot "
+TEST = CELL + "text passages json "
 COMMANDS = {
-    "replace": Command(replace, TEST + "atoms sae", REPLACE, draw=draw_replace),
-    "compare": Command(compare, TEST + "what", COMPARE, draw=draw_sizes),
-    "atoms": Command(atoms, TEST + "atoms sae", ATOMS_TABLE, (400, 60), draw_atoms),
-    "formula": Command(formula, TEST + "atoms sae", FORMULA, (100, 8), draw_formula),
-    "steer": Command(steer, TEST + "prompt target reach", STEER, (40, 8), draw_steer),
+    "replace": Command(replace, TEST + "atoms sae", REPLACE),
+    "compare": Command(compare, TEST + "what plot", COMPARE, draw=draw_sizes),
+    "atoms": Command(atoms, TEST + "atoms sae plot", ATOMS_TABLE, (400, 60), draw_atoms),
+    "formula": Command(formula, TEST + "atoms sae", FORMULA, (100, 8)),
+    "steer": Command(steer, TEST + "prompt target reach", STEER, (40, 8)),
     "train": Command(train, CELL + "atoms sae", TRAIN),
-    "pretrain": Command(pretrain, "model seed quick device train-text text tokens out force"),
     "assignment": Command(assignment, "out list"),
 }
 
@@ -1342,10 +1100,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
             "--plot draws sizes: leave it out, or give --what sizes")
     if args.command == "steer":
         check_steer(args)
-    if args.command == "pretrain":
-        require(set(args.models) <= set(EMBEDDED), f"pretrain --model {args.model}: allowed are "
-                f"{', '.join(EMBEDDED)}")
-        args.out = args.out or os.path.join(HERE, "checkpoints")
     for path in filter(None, [args.json, args.plot, args.sae if one_file else None]):
         models.check_writable(path)
     return args

@@ -1593,6 +1593,7 @@ def test_compare_of_a_tiny_cell(what, n, monkeypatch):
         of_name = [left[name, "reads", m] for m in (1, 2, 4, 8)]
         assert of_name == sorted(set(of_name), reverse=True)  # more atoms explain more
     assert all(r["parameters"] == r["n_atoms"] * (K + V) for r in rows)
+    assert what != "sizes" or len(run.draw_sizes([rows], ["gdn"]).axes) == 1
 
 
 # ---- 13. The logit-change formula ----
@@ -2158,90 +2159,35 @@ def test_nothing_tested_stands_in_pythons_training_text():
     assert all(piece in everything for piece in pieces) and len(set(file.tolist())) > 10
 
 
-@pytest.fixture
-def small(tmp_path, monkeypatch):
-    """Pretraining of tiny models in steps of 2 windows of 32 tokens, on 40 small files."""
-    for knob, value in dict(CONTEXT=32, BATCH=2, HERE=str(tmp_path)).items():
-        monkeypatch.setattr(run, knob, value)
-    for kind in ("gdn", "mamba2", "rwkv7"):
-        (tmp_path / "checkpoints" / kind).mkdir(parents=True)
-        shape = json.dumps(tiny_config(kind, vocab=300))
-        (tmp_path / "checkpoints" / kind / "config.json").write_text(shape)
-    (tmp_path / "text").mkdir()
-    for i in range(40):
-        (tmp_path / f"text/{i}.txt").write_text("".join(
-            f"def f{j}(x{i}):\n    return x{i} * {i * j % 97} + {j * j % 89}\n" for j in range(9)))
-
-    def pretrain(out: str, kind="mamba2", steps=1, seed=0, force=False):
-        args = dict(text=None, train_text=str(tmp_path / "text"), out=str(tmp_path / out))
-        run.pretrain(Namespace(**args, models=[kind], tokens=64 * steps, seed=seed, force=force,
-                               quick=False, device="cpu"))
-        return tmp_path / out / kind
-
-    return pretrain
-
-
 @pytest.mark.parametrize("kind, golden", [("gdn", 4.0683), ("mamba2", 4.3998), ("rwkv7", 4.1739)])
-def test_pretraining_gives_a_model_and_its_figure(small, kind, golden):
-    """Bits per byte by hand, from what was written: nats of held-out tokens, each once, after 16
-    or more, over the bytes of their text. And version 2 gave the same models."""
-    folder = small("out", kind, steps=4, seed=1)
+def test_pretraining_gives_a_model_and_its_figure(tmp_path, monkeypatch, kind, golden):
+    """Four steps of two windows of 32 tokens. Bits per byte by hand, from what was written: nats of
+    held-out tokens, each once, after 16 or more, over the bytes of their text."""
+    monkeypatch.syspath_prepend(HERE / "checkpoints")
+    import pretrain
+
+    for knob, value in dict(CONTEXT=32, BATCH=2, HERE=str(tmp_path)).items():
+        monkeypatch.setattr(pretrain, knob, value)
+    (tmp_path / kind).mkdir()
+    (tmp_path / kind / CONFIG).write_text(json.dumps(tiny_config(kind, vocab=300)))
+    names = sorted(f"{i}.txt" for i in range(40))
+    files = {name: "".join(f"def f{j}(x{i}):\n    return x{i} * {i * j % 97} + {j * j % 89}\n"
+                           for j in range(9)) for name in names for i in [int(name[:-4])]}
+    held = {name: files.pop(name) for name in names if run.held_out(name)}
+    folder = tmp_path / "out"
+    pretrain.pretrain(kind, str(folder), (files, held), tokens=256, seed=1)
     model = load(folder)
     encode = load_tokenizer(model).encode
-    held = [(folder / f"../../text/{i}.txt").read_text() for i in (1, 18, 20, 27, 39)]
-    ids = torch.tensor([i for text in held for i in [0, *encode(text)]])
+    ids = torch.tensor([i for text in held.values() for i in [0, *encode(text)]])
     windows = ids.unfold(0, 33, 16)
     log_p = model(windows[:, :-1])[0][:, 16:].log_softmax(-1)
     nats = -log_p.gather(-1, windows[:, 17:, None]).mean().item()
-    bits = nats / math.log(2) * len(ids) / sum(map(len, held))
-    how = models.read_json(str(folder / "config.json"))["pretraining"]
+    bits = nats / math.log(2) * len(ids) / sum(map(len, held.values()))
+    how = models.read_json(str(folder / CONFIG))["pretraining"]
     assert how == dict(steps=4, tokens=256, held_out_bits_per_byte=pytest.approx(bits, abs=1e-4))
     assert bits == pytest.approx(golden, rel=2e-3)
-
-
-def test_pretraining_stopped_while_it_writes_leaves_no_half_model(small, monkeypatch):
-    """Not even old weights with a new tokenizer; the next run gives what a whole run gives, and
-    another seed gives another model."""
-    def stop(*model_and_folder):
-        raise KeyboardInterrupt
-
-    folders = [small("one"), small("two", seed=1)]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(models, "save", stop)
-        small("two", force=True)
-    assert sorted(os.listdir(folders[1])) == ["config.json", "tokenizer.json"]
-    folders += [small("two"), small("three", seed=1)]
-    one, _, two, three = ((folder / "model.safetensors").read_bytes() for folder in folders)
-    assert one == two != three
-
-
-def test_pretraining_refuses_before_it_works(small, tmp_path, monkeypatch):
-    for folder in ("full", "pipe"):
-        (tmp_path / folder / "mamba2").mkdir(parents=True)
-    (tmp_path / "full/mamba2/model.safetensors").write_text("weights")
-    os.mkfifo(tmp_path / "pipe/mamba2/model.safetensors")
-    monkeypatch.setattr(run, "train_tokenizer", None)  # whoever comes so far fails
-    for out, force, message in (("full", False, "holds a model; --force"), ("pipe", True, "pipe"),
-                                ("text/1.txt", False, "made a folder .* give another --out")):
-        with pytest.raises(InputError, match=message):
-            small(out, force=force)
-    monkeypatch.undo()  # and with windows as they are, the text is too short
-    with pytest.raises(InputError, match="held out; allowed are 5120 and 514 or more"):
-        small("other")
-    assert not os.listdir(tmp_path / "other/mamba2")
-
-
-def test_each_epoch_cuts_the_text_anew_and_reads_all_of_it(monkeypatch):
-    """88 tokens, windows of 8 in batches of 3: 3 batches an epoch, no token trained on twice."""
-    monkeypatch.setattr(run, "CONTEXT", 8)
-    monkeypatch.setattr(run, "BATCH", 3)
-    text, starts = torch.arange(88), ((0, 0), (0, 3), (1, 0))  # seed, first step of an epoch
-    epochs = [torch.cat([run.training_batch(text, seed, first + i) for i in range(3)])
-              for seed, first in starts]
-    for x in epochs:
-        assert x.shape == (9, 9) and (x.diff() == 1).all()
-        assert len(x[:, :-1].unique()) == 72
-    assert len({tuple(x[:, 0].tolist()) for x in epochs}) == 3
+    with pytest.raises(InputError, match="holds a model"):
+        pretrain.pretrain(kind, str(folder), (files, held), tokens=256)
 
 
 # ---- 17. Assignments as folders ----
@@ -2255,15 +2201,13 @@ def test_every_assignment_is_emptied_and_its_tests_need_little(tmp_path):
     for word in ("tokenizers", "transformers", "import run", "test_writesae"):
         assert word not in text
     assert "\ntorch.set_num_threads(1)" in text
-    for name, (function, file, _, *hidden) in run.ASSIGNMENTS.items():
+    for name, (function, file, _) in run.ASSIGNMENTS.items():
         assert f"def test_{name}_" in text, name
         node = ast.parse((folder / file).read_text("utf-8"))
         for part in function.split("."):
             (node,) = (x for x in node.body if getattr(x, "name", "") == part)
         assert ast.unparse(node.body[1:]) == f"raise NotImplementedError('write {name}')"
-        docstring = ast.get_docstring(node)
-        assert len(docstring) > 60 and not any(docstring.count(words) for words in hidden[:1])
-        assert all(words.split("\n")[-1].strip() in docstring for words in hidden[1:])
+        assert len(ast.get_docstring(node)) > 60
 
 
 def test_an_assignment_has_its_tests_alone_and_they_fail_until_it_is_written(tmp_path):
@@ -2385,7 +2329,7 @@ def test_replace_gives_the_figures_that_it_gave(tmp_path, text, kind, monkeypatc
 
     monkeypatch.setattr(run.Cell, "effects", watched)
     command = f"replace --model {kind} --train-text {text} --passages 4 --atoms 64 --seed 1"
-    (r,) = quick(tmp_path, f"{command} --plot {tmp_path}/r.png", "replace")
+    (r,) = quick(tmp_path, command, "replace")
     names = ["nothing", "random direction", "random writes", "learned", "random writes by reads",
              "learned by reads", "as near"]
     assert [row["name"] for row in r["rows"]] == names
@@ -2393,13 +2337,14 @@ def test_replace_gives_the_figures_that_it_gave(tmp_path, text, kind, monkeypatc
     assert figures == pytest.approx(GOLDEN[kind], abs=2e-3)
     atom = (x[:, ::4] for x in tried["learned by reads"])
     assert cosine(*tried["another"], *atom).max() < 0.999, "another atom is another one"
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("command", ["formula", "atoms"])
 def test_other_commands_give_the_figures_that_they_gave(tmp_path, text, command):
     more = f"--model rwkv7 --train-text {text} --passages 12 --atoms 64 --seed 1"
-    (r, *_) = quick(tmp_path, f"{command} {more} --plot {tmp_path}/r.png", command)
+    plot = f"--plot {tmp_path}/r.png" if command == "atoms" else ""
+    (r, *_) = quick(tmp_path, f"{command} {more} {plot}", command)
+    assert not plot or (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     if command == "formula":
         figures = [rung["r2_small"] for rung in r["rungs"][3:]]
     else:
@@ -2493,7 +2438,7 @@ WRONG_COMMANDS = {  # a command line -> what its one line of error says
     "replace --model gdn --quick --sae short.safetensors": "short.safetensors",
     "replace --model gdn --quick --json no-such-folder/x.json": "no-such-folder",
     "replace --model gdn --quick --json FOLDER": "FOLDER",
-    "replace --model gdn --quick --plot /dev/null": "/dev/null",
+    "atoms --model gdn --quick --plot /dev/null": "/dev/null",
     "replace --model no/such": "no/such",
     "replace --device abacus": "abacus",
     "replace --passages 0": "from 1",
@@ -2507,8 +2452,6 @@ WRONG_COMMANDS = {  # a command line -> what its one line of error says
     "compare --what active --plot x.png": "--plot draws sizes",
     "train --model gdn": "--sae",
     "train --model gdn --head all --sae x.safetensors": "one",
-    "pretrain --model gpt --out FOLDER": "pretrain --model gpt: allowed are gdn",
-    "pretrain --model gdn --out HERE/checkpoints": "holds a model",
     "assignment": "allowed are one or more of recurrence",
     "dance": "invalid choice",
 }
@@ -2521,11 +2464,10 @@ def test_a_wrong_command_ends_in_one_line(tmp_path, capsys, monkeypatch, command
     (tmp_path / "short.safetensors").write_text("too short")
     (tmp_path / "BYTES").write_bytes(b"\xff\xfe\x00abc")
     (tmp_path / "FOLDER").mkdir()
-    (tmp_path / "HERE").symlink_to(HERE)
     assert run.main(shlex.split(command.replace("LONG", "9" * 5000))) == 2
     errors = re.findall("^error: .*", capsys.readouterr().err, re.M)
     assert len(errors) == 1 and re.search(WRONG_COMMANDS[command], errors[0]), errors
-    assert len(os.listdir(tmp_path)) == 5 and not os.listdir(tmp_path / "FOLDER")
+    assert len(os.listdir(tmp_path)) == 4 and not os.listdir(tmp_path / "FOLDER")
 
 
 def test_a_reader_that_has_gone_and_a_full_disk_get_no_traceback():

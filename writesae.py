@@ -132,12 +132,13 @@ def fit(k, v, n, rng, M_k=None, M_v=None, steps=12, sample=None, memory=0.75) ->
         1. gives each to its nearest atom, with a = ⟨A_i, x yᵀ⟩;
         2. moves the atom's key to Σ a ⟨value_i, y⟩ x over its writes, then its value, with the
            new key, to Σ a ⟨key_i, x⟩ y, both brought back to unit length;
-        3. starts atoms anew that had no write for a while, at the writes with the smallest a.
+        3. starts atoms anew whose count is 0.5 or less, at the writes with the smallest a.
 
-    Sums keep `memory` of what they held, so that an atom rests on more than one step's writes. All
-    writes count alike: they are brought to unit length first. k [N, K], v [N, V]: any writes, no
-    model needed; rng: a torch.Generator; sample: how many writes a step, by default max(30,000,
-    8 n). Raises InputError for what are no writes, and for n > N.
+    Sums and counts keep `memory` of what they held, so that an atom rests on more than one step's
+    writes. All writes count alike: they are brought to unit length first. k [N, K], v [N, V]: any
+    writes; sample: how many a step, by default max(30,000, 8 n). The first atoms are
+    torch.randint(N, (n,), generator=rng), a step's writes torch.randint(N, (sample,),
+    generator=rng). Raises InputError for what are no writes, and for n > N.
     """
     k, v = as_writes(k, v)
     require(1 <= n <= len(k), f"{n} atoms from {len(k)} writes: allowed are 1 to {len(k)}")
@@ -177,10 +178,10 @@ LATER = 11  # predictions that an effect sums over: the write's own step and the
 def kl_divergence(log_p, log_q):
     """Return KL(p ‖ q) in nats, from log-probabilities [..., vocab] -> [...].
 
-    Σ p (e^d − 1 − d) with d = log q − log p. The added Σ p (e^d − 1) = Σ q − Σ p is zero, but now
-    every term is ≥ 0 and of second order in d, so that an effect of 1e-9 nats is still seen in
-    fp32, where Σ p (log p − log q) ends at 1e-7. (From d = 1 on a term is q − p − p d.)
+    An effect of 1e-9 nats is still seen in fp32, where Σ p (log p − log q) ends at 1e-7.
     """
+    # Σ p (e^d − 1 − d) with d = log q − log p: the added Σ p (e^d − 1) = Σ q − Σ p is zero, but now
+    # every term is ≥ 0 and of second order in d. (From d = 1 on it is computed as q − p − p d.)
     shape, vocab = log_p.shape[:-1], log_p.shape[-1]
     log_p, log_q = log_p.reshape(-1, vocab), log_q.reshape(-1, vocab)
     kl = log_p.new_empty(len(log_p))
@@ -915,9 +916,10 @@ def read_key(s: StepInputs) -> Tensor:
 
     An edit κ yᵀ moves the read at t by (u_t · q_t) y with u_t = A_t ... A_1 κ, so by a gain κ · b_t
     with b_t = A_1ᵀ ... A_tᵀ q_t (b_0 = q_0: the edit comes after the first token's own A). The
-    squared gains sum to κᵀ (Σ_t b_t b_tᵀ) κ, which is largest at the leading eigenvector; its sign
-    is the one with Σ_t κ · b_t > 0. `propagate` of the K unit keys gives all entries of the b_t.
+    squared gains are to sum to the most, and of both signs κ has the one with Σ_t κ · b_t > 0.
     """
+    # They sum to κᵀ (Σ_t b_t b_tᵀ) κ, which is largest at the leading eigenvector. `propagate` of
+    # the K unit keys gives all entries of the b_t.
     N, _, C, K = s.q.shape
     each = torch.arange(C, device=s.q.device).repeat_interleave(K)  # every head K times,
     unit_keys = torch.eye(K).to(s.q).repeat(C, 1)  # with one unit key each
