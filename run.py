@@ -235,7 +235,6 @@ class Reader:
             passages = max(2, passages // 4)
         texts = self.training, tested, passages, PASSAGE
         self.tokens, self.file = tested_windows(self.tokenizer, *texts, self.model.device)
-        self.kept = None, None  # the last that `writes` collected, and what it is
 
     def windows(self, n: int, T: int) -> Tensor:
         """Take about n windows [n, T] of training text."""
@@ -247,15 +246,15 @@ class Reader:
         n = (WINDOWS // 4 if self.large else WINDOWS) // (5 if self.args.quick else 1)
         return self.windows(n, CONTEXT)
 
-    def writes(self, layer: int, heads: list[int]) -> tuple[Tensor, Tensor]:
-        """Collect what heads of a layer write over training text: k [N, H, K], v [N, H, V]."""
-        if self.kept[0] != (layer, heads):
-            tokens = self.training_tokens
-            say(f"{self.model.name}: reading {tokens.numel():,} tokens of training text up to "
-                f"layer {layer}, to learn from what is written there")
-            k, v = writesae.collect(self.model, tokens, layer, heads)
-            self.kept = (layer, heads), (k.flatten(0, 1), v.flatten(0, 1))
-        return self.kept[1]
+    @functools.lru_cache(maxsize=1)  # one layer's cells come one after the other
+    def writes(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Collect what a layer's heads write over training text: k [N, H, K], v [N, H, V]."""
+        tokens, heads = self.training_tokens, list(range(self.model.layers[layer].mixer.heads))
+        say(f"{self.model.name}: reading {tokens.numel():,} tokens of training text up to layer "
+            f"{layer}, to learn from what is written there")
+        k, v = writesae.collect(self.model, tokens, layer, heads)
+        return k.flatten(0, 1), v.flatten(0, 1)
+
 
 
 class Cell:
@@ -264,9 +263,9 @@ class Cell:
     Each purpose has a random generator of its own (`rng`), so that neither the size of a batch, nor
     the other cells, nor the number of processes changes a result.
     """
-    def __init__(self, reader: Reader, layer: int, head: int, heads: list[int]):
+    def __init__(self, reader: Reader, layer: int, head: int):
         self.reader, self.args, self.model = reader, reader.args, reader.model
-        self.layer, self.head, self.heads = layer, head, heads  # heads: of this layer, to be run
+        self.layer, self.head = layer, head
         self.place = self.model, layer, head  # as functions of writesae.py take them
         self.tokens, self.file = reader.tokens, reader.file  # [n, PASSAGE], [n]
         self.name = f"{self.model.name} L{layer}H{head}"
@@ -282,9 +281,8 @@ class Cell:
     @functools.cached_property
     def writes(self) -> tuple[Tensor, Tensor]:
         """The head's writes over training text: k [N, K], v [N, V]."""
-        k, v = self.reader.writes(self.layer, self.heads)
-        i = self.heads.index(self.head)
-        return k[:, i].contiguous(), v[:, i].contiguous()
+        k, v = self.reader.writes(self.layer)
+        return k[:, self.head].contiguous(), v[:, self.head].contiguous()
 
     @functools.cached_property
     def metric(self) -> tuple[Tensor, Tensor]:
@@ -373,12 +371,12 @@ class Command(NamedTuple):
     draw: Callable | None = None  # all cells' results and tables, two lists -> a figure
 
 
-def measured(measure: Callable, job: tuple, heads: list[int], reader: Reader):
+def measured(measure: Callable, job: tuple, reader: Reader):
     """Measure one cell: its results, lines, table; or None, the reason, None."""
     name, layer, head = job
     began, place = time.time(), dict(model=name, layer=layer, head=head)
     try:
-        results, lines, table = measure(Cell(reader, layer, head, heads))
+        results, lines, table = measure(Cell(reader, layer, head))
     except (InputError, RuntimeError) as error:  # such as a GPU that is too small
         return None, f"error: {name} L{layer}H{head}: {error!s:.500}", None
     results[0].setdefault("seconds", round(time.time() - began, 1))
@@ -408,15 +406,14 @@ def run_experiment(experiment: Command, args) -> int:
     for i in range(math.ceil(len(jobs) / processes)):
         found = None
         if i < len(mine):
-            name, layer, _ = mine[i]
+            name = mine[i][0]
             if reader is None or reader.model.name != name:
                 reader = Reader(name, args, n)
                 files = len(reader.file.unique())
                 few = ", too few for intervals" if files < 10 else ""
                 say(f"{args.command} {name}: {len(reader.tokens)} passages of {PASSAGE} tokens, "
                     f"from {files} files{few}, {reader.model.device}, seed {args.seed}")
-            heads = [job[2] for job in mine if job[:2] == (name, layer)]
-            found = measured(experiment.function, mine[i], heads, reader)
+            found = measured(experiment.function, mine[i], reader)
         for results, lines, table in filter(None, gathered(found, rank, processes)):
             if results is None:
                 say(lines)

@@ -1574,7 +1574,7 @@ def test_compare_of_a_tiny_cell(what, n, monkeypatch):
     args = SimpleNamespace(what=what, plot=None, quick=True, seed=0, atoms=24, sae=None)
     reader = SimpleNamespace(args=args, model=tiny_model("mamba2"), file=torch.arange(12),
                              tokens=random_tokens(0, 12), training_tokens=random_tokens(1, 6, 20))
-    cell = run.Cell(reader, 1, 0, [0])
+    cell = run.Cell(reader, 1, 0)
     k, v = writesae.collect(cell.model, reader.training_tokens, 1, [0])
     K, V = k.shape[-1], v.shape[-1]
     cell.writes, cell.metric = (k.view(-1, K), v.view(-1, V)), (torch.eye(K), torch.eye(V))
@@ -1954,7 +1954,7 @@ def atoms_run(monkeypatch):
     reader = Namespace(model=tiny_model("gdn"), tokens=random_tokens(0, 56, run.PASSAGE),
                        file=torch.arange(56) // 2 + 7, tokenizer=Namespace(decode=str),
                        args=Namespace(atoms=64, seed=0, quick=True))
-    cell, calls = run.Cell(reader, 1, 0, [0]), []
+    cell, calls = run.Cell(reader, 1, 0), []
     k, v = cell.tested_writes(slice(None))
     cell.__dict__["writes"] = k.flatten(0, 1), v.flatten(0, 1)  # in place of the training text's
     cell.__dict__["learned"] = writesae.untrained(*cell.writes, 64, rng(1))
@@ -2417,7 +2417,7 @@ def test_every_purpose_and_cell_has_draws_of_its_own():
     numbers = set()
     for layer, head, seed, purpose in itertools.product((0, 1), (0, 1), (5, 6), "ab"):
         reader.args.seed = seed
-        cell = run.Cell(reader, layer, head, [head])
+        cell = run.Cell(reader, layer, head)
         first, again = (torch.rand(1, generator=cell.rng(purpose)).item() for _ in range(2))
         assert first == again
         numbers.add(first)
