@@ -145,18 +145,16 @@ def windows(tokenizer, files: dict[str, str], n: int, T: int, device="cpu") -> T
     """Take n windows [n, T] that begin evenly spread over the text, without encoding all of it. The
     text is taken as a ring, so that none is left out for beginning near the end."""
     text = "\n".join(files.values())
-    ring, size, rows = f"{text}\n{text}", min(4 * T, len(text)), []
+    ring, rows = f"{text}\n{text}", []
     for i in range(n):
-        start = i * len(text) // n
+        start, size = i * len(text) // n, min(4 * T, len(text))
         ids = tokenizer.encode(ring[start : start + size])
-        while len(ids) <= T and size < len(text):  # a last token may have been cut
+        while len(ids) <= T and size < len(text):  # one more, since the last may have been cut
             size = min(2 * size, len(text))
             ids = tokenizer.encode(ring[start : start + size])
-        ids = ids if len(ids) >= T else tokenizer.encode(text)
         require(len(ids) >= T, f"the training text has {len(ids)} tokens, a window needs {T}: give "
                 "a longer --train-text")
         rows.append(ids[:T])
-        size = min(3 * size * T // (2 * len(ids)) + 1, len(text))  # for 1.5 T tokens as dense
     return torch.tensor(rows, device=device)
 
 
@@ -435,7 +433,7 @@ def run_experiment(experiment: Command, args) -> int:
     return 2 if failed else 0
 
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73")  # that the colour-blind can tell apart
+COLOURS = ("#0072B2", "#D55E00")  # that the colour-blind can tell apart
 
 
 def panels(rows: int, columns: int, width: float = 4.2, height: float = 3.6):
@@ -496,11 +494,10 @@ def replace(cell: Cell):
         figures = x, effects["nothing"], match[name], cell.file, cell.rng("bootstrap")
         rows.append(dict(name=name) | writesae.left_figures(*figures))
     rows[0] |= dict(left_ci95=None)  # nothing, against itself
-    index, a = cell.learned.encode(k[:, ::4], v[:, ::4])
-    shift = torch.randint(1, cell.atoms, index.shape, generator=cell.rng("another atom"))
-    other = cell.learned.decode((index + shift) % cell.atoms, a)
+    index, a = cell.learned.encode(k, v)
+    shift = torch.randint(1, cell.atoms, index[:, ::4].shape, generator=cell.rng("another atom"))
+    other = cell.learned.decode((index[:, ::4] + shift) % cell.atoms, a[:, ::4])
     another = cell.effects(positions[::4], {"another": other})["another"]
-    index, _ = cell.learned.encode(k, v)
     fires = match["learned by reads"] >= writesae.COVERED
     null_fires = match["random writes by reads"] >= writesae.COVERED
     firings = writesae.firing_figures(effects, fires, null_fires, index, another)
