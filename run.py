@@ -233,6 +233,10 @@ class Reader:
             passages = max(2, passages // 4)
         texts = self.training, tested, passages, PASSAGE
         self.tokens, self.file = tested_windows(self.tokenizer, *texts, self.model.device)
+        files = len(self.file.unique())
+        few = ", too few for intervals" if files < 10 else ""
+        say(f"{args.command} {name}: {len(self.tokens)} passages of {PASSAGE} tokens, from {files} "
+            f"files{few}, {self.model.device}, seed {args.seed}")
 
     def windows(self, n: int, T: int) -> Tensor:
         """Take about n windows [n, T] of training text."""
@@ -407,10 +411,6 @@ def run_experiment(experiment: Command, args) -> int:
             name = mine[i][0]
             if reader is None or reader.model.name != name:
                 reader = Reader(name, args, n)
-                files = len(reader.file.unique())
-                few = ", too few for intervals" if files < 10 else ""
-                say(f"{args.command} {name}: {len(reader.tokens)} passages of {PASSAGE} tokens, "
-                    f"from {files} files{few}, {reader.model.device}, seed {args.seed}")
             found = measured(experiment.function, mine[i], reader)
         for results, lines, table in filter(None, gathered(found, rank, processes)):
             if results is None:
@@ -829,12 +829,6 @@ def formula(cell: Cell):
 
 
 # ---- 9. steer: edits of the memory after which a token is said ----
-def check_steer(args):
-    """Raise InputError for options that do not go together."""
-    require("all" not in (args.layer, args.head), "steer: one --layer, one --head; or --reach all")
-    require((args.prompt is None) == (args.target is None), "give --prompt with --target")
-
-
 @torch.no_grad()
 def show_text(cell: Cell, heads: list, size: float = 0.5):
     """Show how one text goes on: unedited, edited, edited with its first new token forced."""
@@ -1092,8 +1086,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     require(args.sae or args.command != "train", "train: give --sae, where to keep what is learned")
     require(args.command != "compare" or args.what == "sizes" or not args.plot,
             "--plot draws sizes: leave it out, or give --what sizes")
-    if args.command == "steer":
-        check_steer(args)
+    require(args.command != "steer" or "all" not in (args.layer, args.head), "steer: give one "
+            "--layer and one --head, or --reach all")
+    require((args.prompt is None) == (args.target is None), "give --prompt with --target")
     for path in filter(None, [args.json, args.plot, args.sae if one_file else None]):
         models.check_writable(path)
     return args
