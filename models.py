@@ -8,24 +8,24 @@ Each head of these models keeps a matrix, its *state* S, and updates it once per
 
 S is a memory. A token *writes* its value v under its key k, and *reads* what is stored under its
 query q. So that S does not fill up, all of it *decays* a little with each token. And before a key
-is written anew, what is stored under it is looked up (erase_inᵀ S) and a part of that taken out
-(along erase_out): the *erase*, or delta rule. The models differ in how they make the six tensors:
+is written anew, what is stored under it is looked up (erase_inᵀ S, before the decay), and a part of
+that taken out (along erase_out): the *erase*, or delta rule. The models differ in the six tensors:
 
     here       shape           Gated DeltaNet  Mamba-2  RWKV-7            Kimi Delta  DeltaNet-2
     q          [B, T, H, K]    q/√K            C        r                 q/√K        q/√K
     k          [B, T, H, K]    k               B        k (1 + (a−1) k_a) k           k
     v          [B, T, H, V]    β v             Δ x      v                 β v         w v
-    log_decay  [B, T, H, 1|K]  log α           Δ A      log w, per key    log α, per key channel
+    log_decay  [B, T, H, 1|K]  log α           Δ A      log w (K of them) log α (K)   log α (K)
     erase_in   [B, T, H, K]    k               -        κ̂                 α k         α b k
     erase_out  [B, T, H, K]    α β k           -        a κ̂               β k         k
 
-Letters are each paper's own (Mamba-2's A < 0 is a rate, no A_t). The DeltaNets' q, k and RWKV-7's
-κ̂ ∝ k k_k have length 1; α, β, a, b, w are in (0, 1), Δ > 0 is a step size. Kimi Delta Attention
-(arXiv 2510.26692) and Gated DeltaNet-2 (2605.22791) fit with no change to the code below.
+Letters are each paper's own (Mamba-2's A < 0 is a rate, no A_t; k_a, k_k are weights). The
+DeltaNets' q, k and RWKV-7's κ̂ ∝ k k_k have length 1; α, β, a, b, w are in (0, 1), Δ > 0 is a step
+size. Kimi Delta Attention (arXiv 2510.26692) and Gated DeltaNet-2 (2605.22791) need no more.
 
 The state is key first everywhere: [K, V], K = key size, V = value size. B batch, T time, H heads, D
 width of the residual stream; layers and heads count from 0. The recurrence runs in fp32 whatever
-the weights' dtype. (`check_...` and `whole_ratio`, in section 7, say what is wrong with an input.)
+the weights' dtype. (`check_...`, and `whole_ratio`, a / b, refuse wrong inputs: section 7.)
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def recurrence(s: StepInputs, state: Tensor | None = None) -> tuple[Tensor, Tens
 
 
 def propagate(key: Tensor, s: StepInputs) -> tuple[Tensor, Tensor]:
-    """Follow an edit of a head's state to its later reads, exactly: K numbers a step, not K · V.
+    """Follow an edit of a head's state to all reads from then on, exactly, by K numbers a step.
 
     Add u_t yᵀ (key, value) to the state right after the write of token t. The recurrence is linear
     in the state, so the change stays rank 1 with the same y, and at later times r only u moves:
@@ -151,8 +151,8 @@ def propagate(key: Tensor, s: StepInputs) -> tuple[Tensor, Tensor]:
     >>> gain[0, :, 0].tolist(), u[0, 0].tolist()
     ([1.0, 0.25], [0.25, 0.0])
     """
-    # That is the recurrence itself, with a value size of 1 and the single write (key, 1), at the
-    # first step, whose own transition does no harm: it meets an empty state.
+    # That is the recurrence itself, from an empty state, with a value size of 1 and a single write
+    # (key, 1) at the first step. (That step's own A must not act on it, and meets only zeros.)
     later = s.q.shape[1] - 1
     keys = F.pad(key[:, None], (0, 0, 0, 0, 0, later))  # [B, T, H, K], zero after the first step
     ones = torch.ones_like(keys[..., :1])  # [B, T, H, 1]
@@ -173,14 +173,15 @@ class Edit(NamedTuple):
 
 def apply_edits(o: Tensor, state: Tensor, s: StepInputs, start: int, edits: list[Edit]):
     """Change a layer's reads o [B, T, H, V], from position start on, and its last state, by edits.
-    The sum of all changes comes first, so that an edit and its opposite cancel to the bit."""
+    That is all an edit does here: no q, k, v or decay of a layer depends on its own state.
+    Changes are summed before o is added, so that an edit and its opposite cancel to the bit."""
     B = len(o)
     delta_o, delta_state = torch.zeros_like(o), torch.zeros_like(state)
     for position in sorted({e.position for e in edits}):
         here, t = [e for e in edits if e.position == position], position - start
         heads = torch.tensor([e.head for e in here], device=o.device)
-        key = torch.stack([e.key.expand(B, -1) for e in here], 1).to(o.dtype)  # [B, E, K]
-        value = torch.stack([e.value.expand(B, -1) for e in here], 1).to(o.dtype)  # [B, E, V]
+        key = torch.stack([e.key.to(o).expand(B, -1) for e in here], 1)  # [B, E, K]
+        value = torch.stack([e.value.to(o).expand(B, -1) for e in here], 1)  # [B, E, V]
         gain, u = propagate(key, s.times(t).heads(heads))  # [B, T − t, E], [B, E, K]
         moved = gain.unsqueeze(-1) * value.unsqueeze(1)  # [B, T − t, E, V]
         moved = F.pad(moved, (0, 0, 0, 0, t, 0))  # nothing before the edit
@@ -192,8 +193,8 @@ def apply_edits(o: Tensor, state: Tensor, s: StepInputs, start: int, edits: list
 # ---- 3. Three adapters ----
 # New here: where the six tensors come from, and what becomes of the reads o [B, T, H, V].
 #    inputs(h, cache) -> StepInputs, rest, new cache    h [B, T, D]; rest: for the other two
-#    gate_and_scale(o, rest) -> gate [B, T, H, V], scale [B, T, H, 1], a norm's 1/rms or 1/std
 #    output(o, rest) -> [B, T, D]: W_out(gate · scale · o + ...)
+#    gate_and_scale(o, rest) -> both apart: gate [B, T, H, V], scale [B, T, H, 1], 1/rms or 1/std
 # With the scale held fixed, the output is affine in o. A cache: a dict of tensors, at first empty.
 linear = functools.partial(nn.Linear, bias=False)  # linear(n, m): x [..., n] -> W x [..., m]
 
@@ -211,14 +212,14 @@ def causal_conv(x: Tensor, tail: Tensor | None, conv: nn.Conv1d) -> tuple[Tensor
     padded = torch.cat([past, x], 1)  # [B, W − 1 + T, channels]
     y = padded[:, :T] * taps[0]
     for i in range(1, len(taps)):
-        y.addcmul_(padded[:, i : i + T], taps[i])  # in place: a sum of products is a fourth slower
+        y.addcmul_(padded[:, i : i + T], taps[i])  # in place: the plain sum takes 25 % longer
     if conv.bias is not None:
         y = y + conv.bias
     return F.silu(y), padded[:, T:]
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + eps) · (offset + weight). Qwen3.5 stores weights around 0 (offset 1)."""
+    """x / √(mean x² + eps) · (offset + weight). Qwen3.5's blocks have offset 1, its heads 0."""
     def __init__(self, size, eps, offset=0.0):
         super().__init__()
         self.eps, self.offset = eps, offset
@@ -244,7 +245,7 @@ class GatedDeltaNet(nn.Module):
 
     q|k|v = silu(conv(W_qkv h)), each head's q and k over √(Σx² + 1e-6); β = σ(W_b h); z = W_z h;
     α = exp(−e^{A_log} softplus(W_a h + dt_bias)). Value head j has key head ⌊j / (H / key heads)⌋.
-    Differs from transformers' Qwen3_5GatedDeltaNet: α in erase_out; there S decays before look-up.
+    Differs from transformers' Qwen3_5GatedDeltaNet in form: there S decays, then is looked up.
     """
     def __init__(self, width, key_heads, value_heads, K, V, conv_width=4, eps=1e-6):
         super().__init__()
@@ -281,7 +282,7 @@ class GatedDeltaNet(nn.Module):
         return s, self.in_proj_z(h), {"tail": tail}
 
     def gate_and_scale(self, o, z):
-        """Split RMSNorm(o) silu(z) = o / rms o · w · silu(z): gate = silu(z) w, scale = 1/rms o."""
+        """Factor RMSNorm(o) silu(z) = o · silu(z) w / rms o: gate = silu(z) w, scale = 1/rms o."""
         return F.silu(per_head(z, self.heads)) * self.norm.weight, self.norm.scale(o)
 
     def output(self, o, z):
@@ -294,9 +295,9 @@ class Mamba2(nn.Module):
     """Mamba-2's layer (arXiv 2405.21060): S_t = e^{Δ_t A} S_{t-1} + B_t (Δ_t x_t)ᵀ, read by C_t.
 
     z|xBC|dt = W_in h; x|B|C = silu(conv(xBC)); Δ = clamp(softplus(dt + dt_bias), time_step_limit);
-    A = −e^{A_log}. Nothing is erased. Heads of a group share B and C (here: key and query), and D x
-    (here: skip) goes past the state to the output.
-    Differs from transformers' Mamba2Mixer: Δ multiplies x; there it multiplies B.
+    A = −e^{A_log}. Nothing is erased. Heads of a group share B and C (here: key and query), and the
+    paper's D x (here: skip · x) goes past the state to the output.
+    Differs from transformers' Mamba2Mixer in form: Δ multiplies x; there it multiplies B.
     """
     def __init__(self, width, heads, groups, K, V, conv_width=4, eps=1e-5,
                  time_step_limit=(0.0, math.inf), bias=False, conv_bias=True):
@@ -328,7 +329,7 @@ class Mamba2(nn.Module):
         return s, (per_head(self.skip, H) * x, z), {"tail": tail}
 
     def gate_and_scale(self, o, rest):
-        """Split, for u = (o + skip x) silu(z): gate = silu(z) w, scale = 1/rms of a group's u."""
+        """Factor u w / rms u, u = (o + skip x) silu(z), rms by group: gate = silu(z) w, 1/rms u."""
         skipped, z = rest
         silu = F.silu(per_head(z, self.heads))
         u = ((o + skipped) * silu).unflatten(2, (self.groups, -1)).flatten(-2)  # [B, T, groups, ·]
@@ -354,12 +355,12 @@ class RWKV7(nn.Module):
         S_t = (diag(w_t) − (a_t κ̂_t) κ̂_tᵀ) S_{t-1} + k_t v_tᵀ
 
     m_c = h + (h_{t-1} − h) x_c for c in r, w, k, v, a, g; r, k, v = W m. A lora is W_2 f(W_1 m) + b
-    of low rank: log w = −e^{−1/2} σ(lora(m_w)), its f tanh; a = σ(lora(m_a)); κ̂ = k · k_k to unit
-    length per head; then k ← k (1 + (a−1) k_a). From layer 1 on v ← v + (v_first − v) σ(lora(m_v)),
-    v_first the v of layer 0. The output is gated by g = lora(m_g): its f is σ, and it has no b.
-    Differs from fla's RWKV7Attention: erase_in is κ̂; its kernels take −κ̂, and add.
+    of low rank; f is tanh for w, σ for g (without b), nothing for a and v. So log w = −e^{−1/2}
+    σ(lora(m_w)), a = σ(lora(m_a)), g = lora(m_g); κ̂ = k · k_k to unit length per head, then
+    k ← k (1 + (a−1) k_a). From layer 1 on v ← v + (v_first − v) σ(lora(m_v)), layer 0's v.
+    Differs from fla's RWKV7Attention in form: erase_in is κ̂; its kernels take −κ̂, and add.
     """
-    def __init__(self, width, heads, K, V, ranks, first, eps):
+    def __init__(self, width, heads, K, V, ranks, is_first, eps):
         super().__init__()
         self.heads, self.K, self.V, self.eps = heads, K, V, eps
 
@@ -378,7 +379,7 @@ class RWKV7(nn.Module):
         self.w_lora = low_rank("w", heads * K, nn.Tanh())
         self.a_lora = low_rank("a", heads * K, nn.Identity())
         self.g_lora = low_rank("g", heads * V, nn.Sigmoid(), bias=False)
-        self.v_lora = None if first else low_rank("v", heads * V, nn.Identity())
+        self.v_lora = None if is_first else low_rank("v", heads * V, nn.Identity())
         self.g_norm = nn.GroupNorm(heads, heads * V, eps)  # holds the weights of each head's norm
 
     def inputs(self, h, cache):
@@ -402,7 +403,7 @@ class RWKV7(nn.Module):
         return s, (g, bonus), {"tail": tail, "v_first": v_first}
 
     def gate_and_scale(self, o, rest):
-        """Split g GroupNorm(o) = g ((o − mean o)/std o · w + bias): gate = g w, scale = 1/std o."""
+        """Factor g ((o − mean o) / std o · w + bias), a GroupNorm: gate = g w, scale = 1/std o."""
         g, _ = rest
         scale = torch.rsqrt(o.var(-1, keepdim=True, unbiased=False) + self.eps)
         return per_head(g, self.heads) * per_head(self.g_norm.weight, self.heads), scale
@@ -423,7 +424,7 @@ class Stream(NamedTuple):
     x: Tensor  # [B, T, D] the residual stream
     v_first: Tensor | None = None  # [B, T, H, V] layer 0's v, in RWKV-7 alone (after its layer 0)
 
-    times, rows = StepInputs.times, StepInputs.rows  # of both tensors, as there
+    times, rows = StepInputs.times, StepInputs.rows  # the same code: they take part of each field
 
 
 class Cache(NamedTuple):
@@ -442,7 +443,7 @@ class Block(nn.Module):
     def __init__(self, mixer: nn.Module, norm1: nn.Module, mlp=None, norm2=None):
         super().__init__()
         self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp
-        self.recurrent = not isinstance(mixer, GatedAttention)  # whether it has a state
+        self.recurrent = not isinstance(mixer, GatedAttention)  # Qwen3.5's, every 4th, is not
 
     def inputs(self, stream: Stream, cache: dict):
         """Return a recurrent mixer's six tensors, the rest that its output needs, its new cache."""
@@ -462,19 +463,19 @@ class Block(nn.Module):
             y, new = self.mixer(self.norm1(stream.x), cache)
         stream = Stream(stream.x + y, new.pop("v_first", None))  # RWKV-7 alone has one
         if self.mlp is not None:
-            y, tail = self.mlp(self.norm2(stream.x), cache)
+            y, more = self.mlp(self.norm2(stream.x), cache)
             stream = stream._replace(x=stream.x + y)
-            new = new | tail
+            new = new | more  # RWKV-7's MLP keeps a token too, as "mlp_tail"
         return stream, new
 
 
 class LanguageModel(nn.Module):
-    """Embedding, blocks, norm, head: the same for all three. Made by `build` or `load`."""
+    """Embedding, blocks, norm, output map: the same for all three. Made by `build` or `load`."""
     def __init__(self, architecture: str, vocab: int, width: int, blocks: list[Block],
                  norm: nn.Module, embed_norm: nn.Module | None = None, tied: bool = True):
         super().__init__()
         self.architecture, self.vocab = architecture, vocab
-        self.name, self.folder = architecture, None  # `load` knows better
+        self.name, self.folder = architecture, None  # `load` sets both
         self.embedding = nn.Embedding(vocab, width)
         self.embed_norm = embed_norm or nn.Identity()
         self.layers, self.norm = nn.ModuleList(blocks), norm
@@ -523,7 +524,7 @@ class LanguageModel(nn.Module):
         return F.linear(self.norm(stream.x), self.unembedding)
 
     def step_inputs(self, stream: Stream, layer: int) -> StepInputs:
-        """Return a recurrent layer's six tensors, from the stream of a whole text at its input."""
+        """Return a recurrent layer's six tensors; stream: what enters it, the whole text."""
         return self.layers[layer].inputs(stream, {})[0]
 
     def generate(self, logits: Tensor, cache: Cache, n: int):
