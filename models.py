@@ -21,7 +21,7 @@ that taken out (along erase_out): the *erase*, or delta rule. The models differ 
 
 Letters are each paper's own (Mamba-2's A < 0 is a rate, no A_t; k_a, k_k are weights). The
 DeltaNets' q, k and RWKV-7's κ̂ ∝ k k_k have length 1; α, β, a, b, w are in (0, 1), Δ > 0 is a step
-size. Kimi Delta Attention (arXiv 2510.26692) and Gated DeltaNet-2 (2605.22791) need no more.
+size. Kimi Delta Attention (arXiv 2510.26692) and Gated DeltaNet-2 (2605.22791) fit, too.
 
 The state is key first everywhere: [K, V], K = key size, V = value size. B batch, T time, H heads, D
 width of the residual stream; layers and heads count from 0. The recurrence runs in fp32 whatever

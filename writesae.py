@@ -16,12 +16,16 @@ Six words are used throughout:
     a          the coefficient of a write's nearest atom: k vᵀ ≈ a A_i (A_t, with a time, is the
                transition of models.py)
     stand-in   the matrix that is put in a write's place: a A_i, or whatever else is tested
-    near       ⟨X − Y, X − Y⟩ is small; a *metric* says what ⟨ , ⟩ counts (sections 1 and 4)
+    near       X is near Y if ⟨X − Y, X − Y⟩ is small; a *metric* says what ⟨ , ⟩ counts
     effect     KL(native ‖ edited) of the next-token predictions, summed over the write's own step
                and the ten after it, in nats; native is the unmodified model
 
-What it finds: a stand-in is as good as it is near, whatever it is; near has to be measured as later
-reads see it; and learning buys nearness. "The paper" is WriteSAE, arXiv 2605.12770.
+`python run.py replace` puts seven stand-ins in the same places: nothing, a random direction, the
+nearest of n random writes (`untrained`) and of n learned atoms (`fit`), each near as numbers and
+near as later reads see it, and a random matrix exactly as near as that last atom. Three of them say
+what it finds. Random writes leave less of the effect by reads: near has to be what later reads use.
+Learned atoms leave less again: learning buys nearness. And the matrix as near leaves as little: a
+stand-in is as good as it is near, whatever it is. "The paper" is WriteSAE, arXiv 2605.12770.
 """
 
 from __future__ import annotations
@@ -44,22 +48,20 @@ progress: Callable = iter  # wraps long loops; run.py puts a progress bar here
 
 # ---- 1. The dictionary ----
 # New here: atoms, how a write's is found, and two ways to get them: drawn, or learned.
-# (`as_writes` and `metric_or_identity` check what comes from outside; with files in section 5.)
+# (`as_writes` and `metric_or_identity`, in section 5, check what comes from outside.)
 def unit(x, M):
     """Scale vectors x [..., D] to length 1 as the metric M [D, D] measures it: xᵀ M x = 1."""
     return x / ((x @ M) * x).sum(-1, keepdim=True).sqrt().clamp_min(1e-30)
 
 
-def nearest(k, v, find_key, find_value):
-    """Find the largest of all (find_key_i · k)(find_value_i · v): its i and itself, [N] each.
-
-    No K x V matrix is formed. 128 writes at a time stay in the processor's cache.
-    """
-    index = torch.empty(len(k), dtype=torch.long, device=k.device)
-    a = k.new_empty(len(k))
-    for start in range(0, len(k), 128):
+def nearest(x, y, keys, values):
+    """Find each write's largest product (key_i · x)(value_i · y): the index i and the product, [N]
+    each. x, y [N, ·], keys, values [n, ·]; no K x V matrix is formed."""
+    index = torch.empty(len(x), dtype=torch.long, device=x.device)
+    a = x.new_empty(len(x))
+    for start in range(0, len(x), 128):  # so few stay in the processor's cache
         rows = slice(start, start + 128)
-        every_a = (k[rows] @ find_key.T) * (v[rows] @ find_value.T)  # [128, n]
+        every_a = (x[rows] @ keys.T) * (y[rows] @ values.T)  # [128, n]
         a[rows], index[rows] = every_a.max(-1)
     return index, a
 
@@ -74,11 +76,16 @@ class WriteSAE(nn.Module):
 
         a_i = (find_key_i · k)(find_value_i · v)    find_key = M_k key    find_value = M_v value
 
-    As ⟨A_i, A_i⟩ = 1, a_i brings a A_i nearest to the write X, and ⟨X − a_i A_i, X − a_i A_i⟩ is
-    ⟨X, X⟩ − a_i²: the atom with the largest a is the nearest.
+    As ⟨A_i, A_i⟩ = 1, a_i brings a A_i nearest to the write X, and leaves ⟨X, X⟩ − a_i². Atoms are
+    only added (a < 0 counts as 0), so the one with the largest a is the nearest.
 
-    key [n, K], value [n, V]: brought to unit norm; M_k [K, K], M_v [V, V]: None is the identity;
-    about: a dict of notes that travels with a file. Raises InputError if they do not fit.
+    key [n, K], value [n, V]: brought to length 1 in the metric; M_k [K, K], M_v [V, V]: None is the
+    identity; about: a dict of notes that travels with a file. Raises InputError if they do not fit.
+    Two atoms, (3, 4) (1, 0)ᵀ / 5 and (1, 0) (0, 1)ᵀ; the write (3, 4) (2, 9)ᵀ has a = 10 and 27:
+
+    >>> sae = WriteSAE(torch.tensor([[3., 4.], [1., 0.]]), torch.eye(2))
+    >>> sae.encode(torch.tensor([[3., 4.]]), torch.tensor([[2., 9.]]))
+    (tensor([1]), tensor([27.]))
     """
     def __init__(self, key, value, M_k=None, M_v=None, about=None):
         super().__init__()
@@ -94,9 +101,9 @@ class WriteSAE(nn.Module):
     def encode(self, k, v):
         """Choose each write's atom: k [..., K], v [..., V] -> index [...], a [...] (a is ≥ 0)."""
         k, v = as_writes(k, v, self.key.shape[1], self.value.shape[1])
-        k, v, N = k.to(self.key), v.to(self.key), k.shape[:-1]
+        k, v, shape = k.to(self.key), v.to(self.key), k.shape[:-1]
         index, a = nearest(k.flatten(0, -2), v.flatten(0, -2), self.find_key, self.find_value)
-        return index.view(N), a.relu().view(N)
+        return index.view(shape), a.relu().view(shape)
 
     def decode(self, index, a):
         """Build a A: index, a [N] -> its sides, key (a included) [N, K] and value [N, V]."""
@@ -130,15 +137,15 @@ def fit(k, v, n, rng, M_k=None, M_v=None, steps=12, sample=None, memory=0.75) ->
     """Learn n atoms: k-means whose centres are rank-1 matrices. Each step draws writes x yᵀ and
 
         1. gives each to its nearest atom, with a = ⟨A_i, x yᵀ⟩;
-        2. moves the atom's key to Σ a ⟨value_i, y⟩ x over its writes, then its value, with the
-           new key, to Σ a ⟨key_i, x⟩ y, both brought back to unit length;
-        3. starts atoms anew whose count is 0.5 or less, at the writes with the smallest a.
+        2. moves the atom's key to Σ a ⟨value_i, y⟩ x over its writes (least squares), then its
+           value, with the new key, to Σ a ⟨key_i, x⟩ y, both brought back to unit length;
+        3. starts atoms anew whose count is 0.5 or less, at this step's writes with the smallest a.
 
     Sums and counts keep `memory` of what they held, so that an atom rests on more than one step's
     writes. All writes count alike: they are brought to unit length first. k [N, K], v [N, V]: any
-    writes; sample: how many a step, by default max(30,000, 8 n). The first atoms are
-    torch.randint(N, (n,), generator=rng), a step's writes torch.randint(N, (sample,),
-    generator=rng). Raises InputError for what are no writes, and for n > N.
+    writes; sample: how many a step, by default max(30,000, 8 n). First the atoms are drawn, by
+    torch.randint(N, (n,), generator=rng), then each step's writes in the same way. Raises
+    InputError for what are no writes, and for n > N.
     """
     k, v = as_writes(k, v)
     require(1 <= n <= len(k), f"{n} atoms from {len(k)} writes: allowed are 1 to {len(k)}")
@@ -150,7 +157,7 @@ def fit(k, v, n, rng, M_k=None, M_v=None, steps=12, sample=None, memory=0.75) ->
     for _ in progress(range(steps)):
         drawn = torch.randint(len(k), (sample,), generator=rng)
         x, y = k[drawn], v[drawn]
-        x_seen, y_seen = x @ M_k, y @ M_v  # so that ⟨key, x⟩ = key · x_seen
+        x_seen, y_seen = x @ M_k, y @ M_v  # the metric on this side: ⟨key, x⟩ = key · x_seen
         index, a = nearest(x_seen, y_seen, key, value)  # 1.
         for held in (key_sum, value_sum, count):
             held *= memory
@@ -178,10 +185,10 @@ LATER = 11  # predictions that an effect sums over: the write's own step and the
 def kl_divergence(log_p, log_q):
     """Return KL(p ‖ q) in nats, from log-probabilities [..., vocab] -> [...].
 
-    An effect of 1e-9 nats is still seen in fp32, where Σ p (log p − log q) ends at 1e-7.
+    In fp32 Σ p (log p − log q) loses effects below 1e-7 to rounding; this still sees 1e-9.
     """
     # Σ p (e^d − 1 − d) with d = log q − log p: the added Σ p (e^d − 1) = Σ q − Σ p is zero, but now
-    # every term is ≥ 0 and of second order in d. (From d = 1 on it is computed as q − p − p d.)
+    # every term is ≥ 0 and of second order in d. (From d = 1 on as q − p − p d: e^d may overflow.)
     shape, vocab = log_p.shape[:-1], log_p.shape[-1]
     log_p, log_q = log_p.reshape(-1, vocab), log_q.reshape(-1, vocab)
     kl = log_p.new_empty(len(log_p))
@@ -211,10 +218,8 @@ def effect(model, tokens, t, edits):
 
 
 # ---- 3. The same over a text ----
-# New here: edited runs begin at the layer and at t; every stand-in is a row of the batch.
-BATCH_BYTES = 60_000_000  # of log-probabilities: how much of a text runs at once
-
-
+# New here: what lies below the layer runs once, the rest once without edits, and for each position
+# eleven tokens from the layer up, where each stand-in of each passage is a row of one batch.
 @torch.inference_mode()
 def collect(model, tokens, layer, heads):
     """Collect what heads of a layer write: tokens [n, T] -> k [n, T, H, K], v [n, T, H, V], on the
@@ -233,14 +238,14 @@ def native_run(model, layer, tokens, positions):
     """Run passages [B, T], and stop at each position t for runs with edits to start there.
 
     Yields t, the stream that enters the layer at t..t+10, the cache of all before t (the layer's
-    and those above it), and the native log-probabilities [B, 11, vocab]. Raises InputError if a
-    position has not one token before it and ten after it.
+    and those above it), and the native log-probabilities [B, 11, vocab]. Positions increase. Raises
+    InputError if one has not a token before it (for the cache) and ten after it.
     """
-    first, last = min(positions), max(positions)
-    require(first >= 1 and last + LATER <= tokens.shape[1], f"positions {first}..{last} do not fit "
+    low, high = min(positions), max(positions)
+    require(low >= 1 and high + LATER <= tokens.shape[1], f"positions {low}..{high} do not fit "
             f"{tokens.shape[1]} tokens: one comes before the first, {LATER - 1} after the last")
     stream, _ = model.run(model.embed(tokens), last=layer)
-    after, _ = model.run(stream, first=layer)
+    after, _ = model.run(stream, first=layer)  # for the predictions; once more below, for caches
     cache, done = None, 0
     for t in positions:
         _, cache = model.run(stream.times(done, t), cache, first=layer)
@@ -253,12 +258,6 @@ def onward(model, layer, stream, cache, edits):
     """Run on from a point of `native_run`, with edits -> log-probabilities [B, 11, vocab]."""
     stream, _ = model.run(stream, cache, edits, first=layer)
     return at_least_fp32(model.unembed(stream)).log_softmax(-1)
-
-
-def passages_at_once(model, tokens, rows):
-    """Split the numbers of n passages into batches, of which `rows` copies run at once."""
-    at_once = max(1, BATCH_BYTES // (4 * LATER * model.vocab * rows))
-    return torch.arange(len(tokens), device=tokens.device).split(at_once)
 
 
 @torch.inference_mode()
@@ -277,6 +276,7 @@ def replacement(model, layer, head, tokens, positions, stand_ins: dict) -> dict:
         points = native_run(model, layer, tokens[passage], positions)
         for i, (t, stream, cache, native) in enumerate(points):
             s, _, _ = model.layers[layer].inputs(stream, cache.layers[layer])
+            # stand-in 0 of each passage, then stand-in 1 of each, ...
             row = torch.arange(len(passage), device=tokens.device).repeat(len(keys))
             k, v = s.k[row, 0, head], s.v[row, 0, head]  # what is written at t
             key = keys[:, passage, i].reshape(len(row), -1, k.shape[1])  # [rows, 1 or m, K]
@@ -296,25 +296,26 @@ def read_metric(model, layer, head, tokens, positions, rng, ridge=0.1):
 
         M_k ∝ E[G Gᵀ]    M_v ∝ E[Gᵀ G]    G = ∂/∂S_t Σ log p(drawn token) at t, ..., t + 10
 
-    To second order a small change X of the state has the effect ½ E[(Σ_ij G_ij X_ij)²] (the Fisher
-    information). The metric takes it to be ∝ tr(M_k X M_v Xᵀ), as it is if the sides of G vary
-    independently. G is the gradient of K edits of size zero, one under each unit key; tokens are
-    drawn from the model's own predictions. Mean eigenvalue 1; a ridge: no direction is free.
+    To second order a small change X of the state has the effect ½ E[(Σ_ij G_ij X_ij)²], the Fisher
+    information (drawn tokens' scores have mean 0: steps do not mix). The metric takes it to be ∝
+    tr(M_k X M_v Xᵀ), as if E[G_ik G_jl] = M_k,ij M_v,kl. G is the gradient of K edits of size zero,
+    one under each unit key; tokens are drawn from the model's own predictions. Mean eigenvalue 1,
+    and a ridge on top, so that no direction is free.
     """
     check_cell(model, layer, head)
     K, V = model.layers[layer].mixer.K, model.layers[layer].mixer.V
     unit_key, M_k, M_v = torch.eye(K, device=tokens.device), 0, 0
-    lots = torch.rand(len(tokens), len(positions), LATER, 1, generator=rng).to(tokens.device)
-    for passage in progress(passages_at_once(model, tokens, rows=4)):
+    uniform = torch.rand(len(tokens), len(positions), LATER, 1, generator=rng).to(tokens.device)
+    for passage in progress(passages_at_once(model, tokens, rows=4)):  # for gradients
         points = native_run(model, layer, tokens[passage], positions)
         for i, (t, stream, cache, native) in enumerate(points):
-            rows = torch.zeros(len(passage), K, V, device=tokens.device, requires_grad=True)
-            edits = [Edit(layer, head, t, unit_key[c], rows[:, c]) for c in range(K)]
+            X = torch.zeros(len(passage), K, V, device=tokens.device, requires_grad=True)
+            edits = [Edit(layer, head, t, unit_key[c], X[:, c]) for c in range(K)]
             with torch.enable_grad():
                 log_p = onward(model, layer, stream, cache, edits)
-            below = native.exp().cumsum(-1) < lots[passage, i]
+            below = native.exp().cumsum(-1) < uniform[passage, i]
             drawn = below.sum(-1, keepdim=True).clamp_max(model.vocab - 1)  # by its probability
-            (G,) = torch.autograd.grad(log_p.gather(-1, drawn).sum(), rows)
+            (G,) = torch.autograd.grad(log_p.gather(-1, drawn).sum(), X)
             M_k = M_k + torch.einsum("bkv,blv->kl", G, G)
             M_v = M_v + torch.einsum("bkv,bkw->vw", G, G)
     for M in (M_k, M_v):
@@ -332,7 +333,7 @@ def as_near(k, v, key, value, M_k, M_v, rng):
         along = ((like @ M) * e).sum(-1, keepdim=True)
         across = (((like @ M) * like).sum(-1, keepdim=True) - along.square()).clamp_min(0).sqrt()
         z = torch.randn(x.shape, generator=rng).to(x)
-        z = z @ torch.linalg.inv(torch.linalg.cholesky(M))  # so that M sees no direction favoured
+        z = z @ torch.linalg.inv(torch.linalg.cholesky(M))  # of covariance M⁻¹: in M all alike
         z = z - ((z @ M) * e).sum(-1, keepdim=True) * e
         return along * e + across * unit(z, M)
 
@@ -340,7 +341,16 @@ def as_near(k, v, key, value, M_k, M_v, rng):
 
 
 # ==== The main job ends here. Below: its figures, then experiments, each of its own ====
-# ---- 5. Files, and checks of what comes from outside ----
+# ---- 5. Files, batches, and checks of what comes from outside ----
+BATCH_BYTES = 60_000_000  # of log-probabilities: how much of a text runs at once
+
+
+def passages_at_once(model, tokens, rows):
+    """Split the indices 0..n−1 of passages into batches, `rows` of which fit BATCH_BYTES."""
+    at_once = max(1, BATCH_BYTES // (4 * LATER * model.vocab * rows))
+    return torch.arange(len(tokens), device=tokens.device).split(at_once)
+
+
 def as_writes(k, v, K=None, V=None):
     """Look at writes from outside: k [..., K], v [..., V], torch or NumPy, of any float type.
 
@@ -568,9 +578,8 @@ def fit_pursuit(k, v, n: int, m: int, rng, M_k=None, M_v=None, steps: int = 12,
         value_score = (y_seen[:, None] * value[index]).sum(-1)
         score = key_score * value_score  # ⟨A_j, write⟩
         explained = (a * score).sum(-1)
-        key_sum = memory * key_sum
-        value_sum = memory * value_sum
-        count = memory * count
+        for held in (key_sum, value_sum, count):
+            held *= memory
         flat = index.flatten()
         count.index_add_(0, flat, torch.ones_like(a).flatten())
         used = count > 0.5
@@ -583,11 +592,9 @@ def fit_pursuit(k, v, n: int, m: int, rng, M_k=None, M_v=None, steps: int = 12,
         value[used] = unit(value_sum[used], M_v)
         unused = (~used).nonzero()[:sample, 0]
         worst = explained.argsort()[: len(unused)]
-        key[unused] = x[worst]
-        value[unused] = y[worst]
-        key_sum[unused] = 0
-        value_sum[unused] = 0
-        count[unused] = 0
+        key[unused], value[unused] = x[worst], y[worst]
+        for held in (key_sum, value_sum, count):
+            held[unused] = 0
         sae = WriteSAE(key, value, M_k, M_v)
     return sae
 
@@ -624,8 +631,7 @@ def two_vector_saes(k, v, n: int, rng, M_k=None, M_v=None) -> Callable:
 
 
 def leading_pair(X):
-    """Return the matrix of rank 1 nearest to each X [..., K, V]: its key, with the size, and value.
-    """
+    """Return the matrix of rank 1 nearest to each X [..., K, V]: key, size included, and value."""
     U, S, W = torch.linalg.svd(X, full_matrices=False)
     return U[..., 0] * S[..., :1], W[..., 0, :]
 
@@ -948,9 +954,7 @@ def keys_and_formula(model: LanguageModel, p: Prompts, target: Tensor, heads):
             W_O = model.out_map(layer)[:, chosen]  # [D, C, V]
             out = gate[:, -1, chosen] * torch.einsum("nd,dcv->ncv", W_U, W_O)
             s = s.heads(chosen)
-            k_norm = s.k.norm(dim=-1, keepdim=True)
-            v_norm = s.v.norm(dim=-1, keepdim=True)
-            size = k_norm * v_norm
+            size = s.k.norm(dim=-1, keepdim=True) * s.v.norm(dim=-1, keepdim=True)
             key, value = [], []
             for t in range(EDITED):
                 reads = s.times(t)
