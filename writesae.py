@@ -13,8 +13,7 @@ far the model's predictions move. The core of it, for one head of one layer:
 Six words are used throughout:
     write      k vᵀ, what a head adds to its state at a token, kept as its two sides: k [K], v [V]
     atom       A_i = key_i value_iᵀ, one of the n matrices of a dictionary
-    a          the coefficient of a write's nearest atom: k vᵀ ≈ a A_i (A_t, with a time, is the
-               transition of models.py)
+    a          a write's coefficient at its nearest atom: k vᵀ ≈ a A_i (in models.py A_t is another)
     stand-in   the matrix that is put in a write's place: a A_i, or whatever else is tested
     near       X is near Y if ⟨X − Y, X − Y⟩ is small; a *metric* says what ⟨ , ⟩ counts
     effect     KL(native ‖ edited) of the next-token predictions, summed over the write's own step
@@ -47,8 +46,7 @@ progress: Callable = iter  # wraps long loops; run.py puts a progress bar here
 
 
 # ---- 1. The dictionary ----
-# New here: atoms, how a write's is found, and two ways to get them: drawn, or learned.
-# (`as_writes` and `metric_or_identity`, in section 5, check what comes from outside.)
+# New here: atoms, how a write's is found, two ways to get them. (Section 5 has the input checks.)
 def unit(x, M):
     """Scale vectors x [..., D] to length 1 as the metric M [D, D] measures it: xᵀ M x = 1."""
     return x / ((x @ M) * x).sum(-1, keepdim=True).sqrt().clamp_min(1e-30)
