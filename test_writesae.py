@@ -1881,8 +1881,9 @@ def atoms_run(monkeypatch):
 
     def stand_in(model, layer, head, tokens, *given):
         calls.append(given)
-        changes = (len(calls) - 1) * (1 + given[0].passage.float())
-        return changes if len(calls) > 1 else torch.arange(64) % 5  # first what atoms promote
+        if len(calls) == 1:
+            return torch.arange(64) % 5  # what atoms promote
+        return (len(calls) - 1) * (1 + given[0].passage.float())
 
     monkeypatch.setattr(writesae, "promoted_tokens", stand_in)
     monkeypatch.setattr(writesae, "token_change", stand_in)
