@@ -185,8 +185,8 @@ def tested_windows(tokenizer, training, tested, n: int, T: int, device="cpu"):
     tried, decode = spread(len(tokens), 10 * n).tolist(), tokenizer.decode
     own = [i for i in progress(tried) if not copied(decode(tokens[i].tolist()), lines, everything)]
     require(len(own) >= n, f"{n} passages of {T} tokens are needed; of {len(tried)} in the files "
-            f"{len(own)} are no copies of training text: take a longer text or fewer --passages. "
-            "To learn and to test on one folder, give --train-text alone")
+            f"{len(own)} are no copies of training text: if --text is that text, give --train-text "
+            "alone; else a longer text, or fewer --passages")
     chosen = torch.tensor(own)[spread(len(own), n)]
     return tokens[chosen].to(device), file[chosen]
 

@@ -1806,6 +1806,8 @@ def test_what_appears_persists_and_costs_by_full_passes():
     nats = F.cross_entropy(logits[:, 12:-1].mT, after[1])
     assert_close(found["nats"], nats[None])
     assert figures["perplexity"] == pytest.approx(nats.exp().item(), rel=1e-4)
+    two = writesae.steering_figures(found | dict(nats=torch.tensor([0.0, 2.0])), target, rng(0))
+    assert two["perplexity"] == pytest.approx(math.e), "of all tokens together"
     new, old = (torch.cat([x["state"].flatten() for x in c.layers]) for c in (cache, p.after))
     assert_close(found["change"], ((new - old).norm() / old.norm())[None])
 
