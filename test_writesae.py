@@ -1917,6 +1917,8 @@ def test_atoms_are_named_in_half_of_the_files_edited_in_the_other_and_pictured(m
             few = len(cell.file[passage].unique()) < 10
             assert ci95 is None if few else ci95[0] < r[name] < ci95[1]
     assert [r["promoted"] for r in results] == [str([r["atom"] % 5]) for r in results]
+    many = Firings(torch.arange(100), torch.arange(100), torch.zeros(100), torch.ones(100))
+    assert run.few(many, many.a > 0, [0], 3).passage.tolist() == [0, 49, 99], "spread evenly"
     before, after, write, atom, difference = pictures[0].values()
     assert F.cosine_similarity(atom.flatten(), write.flatten(), dim=0) >= writesae.COVERED
     assert_close(write - atom, difference)
@@ -1982,6 +1984,8 @@ def test_windows_and_copies_by_hand():
     tokenizer = models.Tokenizer(numbers, str)  # a number is a token
     tokens = run.windows(tokenizer, {"a": "1 2 3 4 5 6 7 8 9 0", "b": "1111 2222 3"}, 5, 3)
     assert tokens.tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9], [0, 1111, 2222], [2222, 3, 1]]
+    (long,) = run.windows(tokenizer, {"a": "1111 2222 3333 4444"}, 1, 3).tolist()
+    assert long == [1111, 2222, 3333], "the last token is whole"
     for text in ("1 2 3 4", ""):
         with pytest.raises(InputError, match=f"has {len(numbers(text))} tokens, a window needs 5"):
             run.windows(tokenizer, {"a": text}, 3, 5)
