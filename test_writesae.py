@@ -582,17 +582,15 @@ def tiny_model(kind: str, seed: int = 0) -> LanguageModel:
 
 # ---- 4. The recurrence: chunks, other rules, limits ----
 @settings(max_examples=60)
-@given(KIND, SEED, st.integers(1, 70), SIZE, SIZE, st.integers(0, 16),
-       st.sampled_from([None, None, -30.0, -100.0, -1e4, -math.inf]))
+@given(KIND, SEED, st.integers(1, 70), SIZE, SIZE, st.sampled_from([None, 1, 3, 5, 16]),
+       st.sampled_from([0.0, -30.0, -100.0, -1e4, -math.inf]))
 def test_chunks_give_and_learn_the_recurrence(kind, seed, T, K, V, chunk, log_decay):
     """Below e^-100 one decay per head counts as that; where a decay per channel leaves the domain
     of chunks, the loop takes over."""
     s, results = random_steps(kind, seed, T=T, K=K, V=V), []
-    if log_decay is not None:
-        s.log_decay[:, seed % 4 :: 9] = log_decay
+    s.log_decay[:, seed % 4 :: 9] = log_decay
     start = torch.randn(2, 3, K, V, generator=rng(seed))
-    in_chunks = functools.partial(recurrence_chunked, chunk=chunk or None)
-    for run in (recurrence, in_chunks):
+    for run in (recurrence, functools.partial(recurrence_chunked, chunk=chunk)):
         leaves = [x.clone().requires_grad_() for x in (*s, start) if x is not None]
         o, S = run(StepInputs(*leaves[:-1]), leaves[-1])
         loss = o.square().sum() + S.square().sum()
@@ -602,30 +600,23 @@ def test_chunks_give_and_learn_the_recurrence(kind, seed, T, K, V, chunk, log_de
     close(models.read(states(s, start), s.q), results[0][0], "is each state after its write?")
 
 
-@pytest.mark.parametrize("rule", ["Kimi Delta Attention", "Gated DeltaNet-2"])
-def test_two_more_rules_are_columns_of_the_table(rule):
+def test_two_more_rules_are_columns_of_the_table():
     """S_t = (I − β k kᵀ) diag(α) S + β k vᵀ, and S_t = (I − k (b k)ᵀ) diag(α) S + k (w v)ᵀ."""
-    s = StepInputs(*(x.double() for x in random_steps("rwkv7", 3, T=40)))
+    s = random_steps("rwkv7", 3)
     k, alpha = s.erase_in, s.log_decay.exp()  # k of length 1
-    b, w = (torch.rand(2, 40, 3, n, generator=rng(n)).double() for n in (6, 4))
-    look, out = b * k, k
-    if rule == "Kimi Delta Attention":
-        w = w[..., :1]  # β
-        look, out = k, w * k
-    columns = s._replace(k=k, v=w * s.v, erase_in=alpha * look, erase_out=out)
-    after = states(columns)
-    kept = alpha[:, 1:, ..., None] * after[:, :-1]
-    kept = (torch.eye(6) - models.outer(out, look)[:, 1:]) @ kept
-    assert_close(after[:, 1:], kept + models.outer(k, w * s.v)[:, 1:])
-    o, S = recurrence_chunked(columns)
-    assert_close(S, after[:, -1], atol=1e-6, rtol=1e-6)
-    assert_close(o, models.read(after, s.q), atol=1e-6, rtol=1e-6)
+    b, w = (torch.rand(2, 20, 3, n, generator=rng(n)) for n in (6, 4))
+    beta = w[..., :1]
+    for look, out, v in ((k, beta * k, beta * s.v), (b * k, k, w * s.v)):
+        after = states(s._replace(k=k, v=v, erase_in=alpha * look, erase_out=out))
+        kept = alpha[:, 1:, ..., None] * after[:, :-1]
+        kept = kept - outer(out[:, 1:], models.read(kept, look[:, 1:]))
+        assert_close(after[:, 1:], kept + outer(k, v)[:, 1:])
 
 
 def test_wrong_shapes_and_edits_are_named():
-    s, model, tokens = random_steps("gdn", 0), tiny_model("gdn"), random_tokens(0, T=5)
+    s, zeros = random_steps("gdn", 0), torch.zeros
     steps = (
-        (s, torch.zeros(2, 3, 4, 6), "value first"),
+        (s, zeros(2, 3, 4, 6), "value first"),
         (s._replace(v=s.v.transpose(1, 2)), None, "head axis before the time axis"),
         (s._replace(log_decay=s.log_decay[..., 0]), None, "last axis missing"),
         (s._replace(erase_in=None), None, "both None"),
@@ -636,19 +627,18 @@ def test_wrong_shapes_and_edits_are_named():
         for repeat in (recurrence, recurrence_chunked):
             with pytest.raises(InputError, match=message):
                 repeat(wrong, state)
-    edit = Edit(0, 0, 1, torch.zeros(8), torch.zeros(6))
+    model, edit = tiny_model("gdn"), Edit(0, 0, 1, zeros(8), zeros(6))
     edits = (
         (edit._replace(layer=3), "full attention.*recurrent layers: 0, 1, 2"),
+        (edit._replace(layer=2), "layer 2.*this call runs the layers in range.0, 2"),
         (edit._replace(head=4), "heads 0..3"),
         (edit._replace(position=5), "position 5: .*range.0, 5"),
         (edit._replace(key=edit.value), "key first"),
     )
+    stream = model.embed(random_tokens(0, T=5))
     for wrong, message in edits:
         with pytest.raises(InputError, match=message):
-            model(tokens, edits=[wrong])
-    stream, _ = model.run(model.embed(tokens), last=2)
-    with pytest.raises(InputError, match="layer 0.*this call runs the layers in range.2, 4"):
-        model.run(stream, edits=[edit], first=2)
+            model.run(stream, edits=[wrong], last=2)
 
 
 # ---- 5. The adapters in float64 NumPy, straight from their equations ----
@@ -662,13 +652,13 @@ def numpy_gdn(p, h, m):
     qkv, keys = numpy_conv(h @ p["in_proj_qkv.weight"].T, p), m.key_heads * m.K
     q, k, v = np.split(qkv, [keys, 2 * keys], 1)
     q, k = (by_heads(x, m.key_heads).repeat(m.heads // m.key_heads, 1) for x in (q, k))
-    q = q / np.sqrt((q**2).sum(-1, keepdims=True) + 1e-6) / np.sqrt(m.K)
-    k = k / np.sqrt((k**2).sum(-1, keepdims=True) + 1e-6)
+    q, k = (x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
     beta = sigmoid(h @ p["in_proj_b.weight"].T)[:, :, None]
     step = np.logaddexp(0, h @ p["in_proj_a.weight"].T + p["dt_bias"])
     log_alpha = (-np.exp(p["A_log"]) * step)[:, :, None]
     erase_out = np.exp(log_alpha) * beta * k
-    o = numpy_reads(q, k, beta * by_heads(v, m.heads), log_alpha, k, erase_out)
+    v = beta * by_heads(v, m.heads)
+    o = numpy_reads(q / np.sqrt(m.K), k, v, log_alpha, k, erase_out)
     o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-6) * p["norm.weight"]
     y = o.reshape(len(h), -1) * silu(h @ p["in_proj_z.weight"].T)
     return y @ p["out_proj.weight"].T
@@ -705,38 +695,32 @@ def numpy_rwkv7(p, h, m):
     return y @ p["out_proj.weight"].T
 
 
-@EACH_KIND
-def test_each_adapter_is_its_equations_and_linear_in_o_at_its_scale(kind, monkeypatch):
+@pytest.mark.parametrize("restated", [numpy_gdn, numpy_mamba2, numpy_rwkv7])
+def test_each_adapter_is_its_equations_and_linear_in_o_at_its_scale(restated, monkeypatch):
     """output(o + d) − output(o) = W_out(gate · scale · d) (RWKV-7: d without its mean)."""
-    model = tiny_model(kind)
+    model = tiny_model(restated.__name__.removeprefix("numpy_"))
     mixer, h = model.layers[0].mixer, torch.randn(1, 25, 32, generator=rng(5))
     s, rest, _ = mixer.inputs(h, {})
     o, _ = recurrence_chunked(s)
     ours = mixer.output(o, rest)
     p = {name: x.double().numpy() for name, x in mixer.named_parameters()}
-    restated = dict(gdn=numpy_gdn, mamba2=numpy_mamba2, rwkv7=numpy_rwkv7)[kind]
     theirs = restated(p, h[0].double().numpy(), mixer)
     np.testing.assert_allclose(ours[0], theirs, atol=2e-4 * np.abs(theirs).max())
     gate, scale = mixer.gate_and_scale(o, rest)
     assert torch.equal(mixer.gate_and_scale(3 * o, rest)[0], gate), "the gate does not depend on o"
     d = torch.randn(o.shape, generator=rng(6))
+    if restated is numpy_rwkv7:
+        d = d - d.mean(-1, keepdim=True)
     monkeypatch.setattr(mixer, "gate_and_scale", lambda o, rest: (gate, scale))
     held = mixer.output(o + d, rest) - ours
-    if kind == "rwkv7":
-        d = d - d.mean(-1, keepdim=True)
     close(held, torch.einsum("bthv,dhv->btd", gate * scale * d, model.out_map(0)), "the gate?")
 
 
 # ---- 6. The official implementations, live, in each of the hub's layouts ----
-def assert_same_logits(ours: LanguageModel, tokens: torch.Tensor, theirs: torch.Tensor):
-    """In one pass, and in three with a cache."""
+def assert_same_logits(folder: Path, tokens: torch.Tensor, theirs: torch.Tensor):
     assert 0.3 < theirs.std() < 10, "a bound on differences has to mean something"
-    cache, parts = None, []
-    for piece in tokens.split([13, 1, tokens.shape[1] - 14], 1):
-        logits, cache = ours(piece, cache)
-        parts.append(logits)
-    for logits in (ours(tokens)[0], torch.cat(parts, 1)):
-        assert_close(logits, theirs, atol=2e-4 * max(1.0, theirs.std().item()), rtol=0)
+    ours, _ = load(folder)(tokens)
+    assert_close(ours, theirs, atol=2e-4 * max(1.0, theirs.std().item()), rtol=0)
 
 
 def change_tensors(folder: Path, changes: dict):
@@ -764,26 +748,24 @@ def as_mamba_ssm(folder: Path):
     change_tensors(folder, {new: load_file(folder / WEIGHTS)[old], old: None})
     config = dict(d_model=32, n_layer=2, vocab_size=50, tie_embeddings=False, rms_norm=True,
                   d_intermediate=0, attn_layer_idx=[], attn_cfg={},
-                  ssm_cfg=dict(layer="Mamba2", ngroups=2, dt_limit=[0.05, 1.5]))
+                  ssm_cfg=dict(layer="Mamba2", ngroups=2, dt_limit=[0.05, 1.5]),
+                  residual_in_fp32=True, pad_vocab_size_multiple=16)  # these change nothing
     (folder / CONFIG).write_text(json.dumps(config))
 
 
-LAYOUTS = [("gdn", None), ("mamba2", None), ("gdn", as_multimodal), ("mamba2", as_mamba_ssm)]
-
-
-@pytest.mark.parametrize("kind, layout", LAYOUTS)
-def test_transformers_agrees_on_the_embedded_models_and_what_is_saved(tmp_path, kind, layout):
+@pytest.mark.parametrize("kind, rewrite", [("gdn", as_multimodal), ("mamba2", as_mamba_ssm)])
+def test_transformers_agrees_in_each_layout(tmp_path, kind, rewrite):
+    """The embedded model, and a tiny one, as it is saved and in the hub's other layout."""
     import transformers
 
-    folder, tokens = HERE / "checkpoints" / kind, random_tokens(2, T=70)
-    if layout is not None:
-        make_checkpoint(tmp_path, kind)
-        folder = tmp_path
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    logits = theirs(tokens).logits.detach()
-    if layout is not None:
-        layout(folder)
-    assert_same_logits(load(folder), tokens, logits)
+    make_checkpoint(tmp_path, kind)
+    tokens = random_tokens(2, T=70)
+    for folder in (HERE / "checkpoints" / kind, tmp_path):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        logits = theirs(tokens).logits.detach()
+        assert_same_logits(folder, tokens, logits)
+    rewrite(tmp_path)
+    assert_same_logits(tmp_path, tokens, logits)
 
 
 OFFICIAL = """embedding emb, lm_head head, embed_norm blocks.0.ln0, norm1 ln1, norm2 ln2,
@@ -793,75 +775,58 @@ v_proj value, out_proj output, _lora.0.weight 1, _lora.2.weight 2, _lora.2.bias 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_the_author_of_rwkv7_agrees(tmp_path):
-    """The mixes of layer 0 as saved, [1, 1, D], of layer 1 [D], of layer 2 packed, [6, D]. The
-    embedded model has those shapes that fla and rwkv7-hf open."""
+    """The mixes of layer 0 lie as fla and rwkv7-hf open them, those of layer 1 in one tensor."""
     os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0"}  # read at the import
     from rwkv.model import RWKV
 
-    config = tiny_config("rwkv7", num_hidden_layers=3)
-    model, weights = shake(models.build(config), 3), {}
-    for name, x in model.state_dict().items():
+    make_checkpoint(tmp_path, "rwkv7")
+    weights, tokens = {}, random_tokens(4, B=1)
+    for name, x in load(tmp_path).state_dict().items():
         x = x.T if "_lora" in name and x.dim() == 2 else x
         for pair in OFFICIAL.split(","):
             name = name.replace(*pair.split())
         weights[name] = x.clone()
     torch.save(weights, tmp_path / "official.pth")
-    models.save(model, config, tmp_path)
-    stored = load_file(tmp_path / WEIGHTS)
-    changes = {name: x.flatten() for name, x in stored.items() if ".1.attn.x_" in name}
-    mixes = [f"model.layers.2.attn.x_{c}" for c in "rwkvag"]
-    changes["model.layers.2.attn.x_x"] = torch.stack([stored[name].flatten() for name in mixes])
-    change_tensors(tmp_path, changes | dict.fromkeys(mixes))
     official = RWKV(str(tmp_path / "official"), "cpu fp32")
-    tokens = random_tokens(4, B=1, T=40)
     theirs, _ = official.forward(tokens[0].tolist(), None, full_output=True)
-    assert_same_logits(load(tmp_path), tokens, theirs[None])
-    for name, x in load_file(HERE / "checkpoints/rwkv7/model.safetensors").items():
-        assert x.shape == (1, 1, 128) or ".attn.x_" not in name, name
-        assert x.shape == (128,) or ".ffn.x_k" not in name, name
+    stored = load_file(tmp_path / WEIGHTS)
+    assert stored["model.layers.0.attn.x_r"].shape == (1, 1, 128)
+    assert stored["model.layers.0.ffn.x_k"].shape == (128,)
+    mixes = [f"model.layers.1.attn.x_{c}" for c in "rwkvag"]
+    packed = torch.cat([stored[name][0] for name in mixes])  # [6, D]
+    change_tensors(tmp_path, dict.fromkeys(mixes) | {"model.layers.1.attn.x_x": packed})
+    assert_same_logits(tmp_path, tokens, theirs[None])
 
 
-# ---- 7. The model: caches, causality, edits ----
+# ---- 7. The model: caches, edits ----
 @given(KIND, SEED, st.lists(st.integers(1, 15), min_size=1, max_size=5))
 def test_any_split_with_a_cache_gives_the_whole(kind, seed, pieces):
+    """So no token sees a later one. What is passed in stays as it is; `generate` goes on."""
     model, tokens = tiny_model(kind), random_tokens(seed, T=sum(pieces))
     whole, end = model(tokens)
     cache, parts = models.Cache(tuple({} for _ in model.layers), 0), []
     for piece in tokens.split(pieces, 1):
         before = copy.deepcopy(cache.layers)
         logits, new = model(piece, cache)
-        assert_close(cache.layers, before, atol=0, rtol=0)  # nothing passed in is changed
+        assert_close(cache.layers, before, atol=0, rtol=0)
         cache = new
         parts.append(logits)
     assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-5)
     assert_close(cache.layers, end.layers, atol=1e-4, rtol=1e-5)
     assert cache.length == end.length == tokens.shape[1]
-
-
-@EACH_KIND
-def test_causality_rows_of_a_cache_and_what_is_generated(kind):
-    model, tokens, row = tiny_model(kind), random_tokens(3), torch.tensor([1])
-    logits, cache = model(tokens)
-    other = tokens.clone()
-    other[:, 20:] = (other[:, 20:] + 1) % 61
-    changed, _ = model(other)
-    difference = (logits - changed).abs().amax((0, 2))
-    assert difference[:20].max() < 1e-5 and difference[20:].min() > 0
-    again, _ = model(tokens, cache)
-    assert_close(model(tokens[row], cache.rows(row))[0], again[row], atol=1e-4, rtol=0)
-    said, chosen_from = model.generate(logits[:, -1], cache, 3)
-    assert torch.equal(said, chosen_from.argmax(-1)) and said.shape == (2, 3)
-    after, _ = model(said[:, :2], cache)
-    assert_close(chosen_from, torch.cat([logits[:, -1:], after], 1), atol=1e-4, rtol=0)
+    said, chosen_from = model.generate(whole[:, -1], end, 3)
+    after, _ = model(said[1:, :2], end.rows(torch.tensor([1])))
+    assert torch.equal(said, chosen_from.argmax(-1))
+    assert_close(chosen_from[1:], torch.cat([whole[1:, -1:], after], 1), atol=1e-4, rtol=1e-5)
 
 
 @EACH_KIND
 def test_an_edited_model_is_a_model_that_wrote_something_else(kind, monkeypatch):
-    """`edits` (which propagates) against other k and v in the layer itself, after a cache. A write
-    replaced by itself changes nothing to the bit."""
+    """`edits` against other k and v in the layer itself, after a cache. A write replaced by itself
+    changes nothing to the bit."""
     model, tokens, g = tiny_model(kind), random_tokens(8), rng(1)
     _, cache = model(tokens[:, :7])
-    mixer, edits = model.layers[1].mixer, []
+    tokens, mixer, edits = tokens[:, 7:], model.layers[1].mixer, []
     native_inputs = mixer.inputs
 
     def other_inputs(h, cache):
@@ -876,13 +841,12 @@ def test_an_edited_model_is_a_model_that_wrote_something_else(kind, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(mixer, "inputs", other_inputs)
-        expected, last = model(tokens[:, 7:], cache)
-    edited, end = model(tokens[:, 7:], cache, edits)
+        expected, last = model(tokens, cache)
+    edited, end = model(tokens, cache, edits)
     assert_close(edited, expected, atol=1e-4, rtol=0)
     assert_close(end.layers, last.layers, atol=1e-4, rtol=1e-5)
     itself = [edits[0], edits[0]._replace(key=-edits[0].key)]
-    edited, native = model(tokens[:, 7:], cache, itself), model(tokens[:, 7:], cache)
-    assert_close((edited[0], edited[1].layers), (native[0], native[1].layers), atol=0, rtol=0)
+    assert torch.equal(model(tokens, cache, itself)[0], model(tokens, cache)[0])
 
 
 # ---- 8. Checkpoints: what is said is done, or refused by its name in one line ----
@@ -890,118 +854,93 @@ WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json
 INDEX, VOCABULARY = "model.safetensors.index.json", "rwkv_vocab_v20230424.txt"
 
 
+HARMLESS = {  # keys of real configs that change nothing
+    "gdn": dict(output_gate_type="swish", sliding_window=None, attention_dropout=0.1,
+                rope_parameters=None, rope_theta=10000, partial_rotary_factor=0.5,
+                rope_scaling=dict(type="default", factor=1.0, mrope_section=[1, 1, 0])),
+    "mamba2": dict(norm_before_gate=True, tie_word_embeddings=True),
+    "rwkv7": dict(attn=None, value_dim=[128, 128], gate_low_rank_dim=999),
+}
+
+
 def make_checkpoint(folder: Path, kind: str):
-    """A tiny checkpoint of two layers, with a tokenizer of two words; that of gdn is tied."""
-    architecture = kind.replace("mamba_ssm", "mamba2")
-    config = tiny_config(architecture, num_hidden_layers=2, tie_word_embeddings=kind == "gdn",
-                         full_attention_interval=2, time_step_limit=[0.05, 1.5])
-    models.save(shake(models.build(config), 5), config, folder)
-    if kind == "mamba_ssm":
-        as_mamba_ssm(folder)
+    """A tiny checkpoint of two layers, with a tokenizer of two words, and an older index."""
+    config = tiny_config(kind, num_hidden_layers=2, full_attention_interval=2,
+                         num_attention_heads=2, time_step_limit=[0.05, 1.5])
+    models.save(shake(models.build(config), 5), config | HARMLESS[kind], folder)
+    (folder / INDEX).write_text('{"weight_map": {"an": "../older.safetensors"}}')
     words = kinds.WordLevel({"a": 0, "b": 1}, unk_token="a")
     Tokenizer(words).save(str(folder / TOKENIZER))
 
 
-def assert_refused(folder, message: str):
+def assert_refused(folder: Path, message: str):
     with pytest.raises(InputError, match=message) as error:
         load_tokenizer(load(folder))
     assert str(error.value).isprintable() and len(str(error.value)) < 400
 
 
-HARMLESS = {  # keys of real configs that change nothing
-    "gdn": """{"output_gate_type": "swish", "sliding_window": null, "attention_dropout": 0.1,
-        "rope_parameters": null, "rope_theta": 10000, "partial_rotary_factor": 0.5,
-        "rope_scaling": {"type": "default", "factor": 1.0, "mrope_section": [1, 1, 0]}}""",
-    "mamba2": '{"norm_before_gate": true, "use_bias": null, "tie_word_embeddings": true}',
-    "mamba_ssm": '{"residual_in_fp32": true, "pad_vocab_size_multiple": 16}',
-    "rwkv7": '{"attn": null, "value_dim": [128, 128], "gate_low_rank_dim": 999}',
+WRONG = {  # what is refused by its name, or by that of the last key in it
+    "gdn": [("hidden_act", "gelu"), ("attention_bias", True), ("sliding_window", 8),
+            ("layer_types", ["linear_attention"]), ("rope_scaling", {"rope_type": "yarn"}),
+            ("rope_scaling", {"type": "linear"}), ("rope_scaling", {"low_freq": 1}),
+            ("partial_rotary_factor", 0.4), ("text_config", {"tie_word_embeddings": False})],
+    "mamba2": [("model_type", "mamba"), ("hidden_act", "gelu"), ("n_groups", 0),
+               ("hidden_size", True), ("num_hidden_layers", 10**9),
+               ("layer_norm_epsilon", math.nan), ("time_step_limit", [0.5, 0.1]),
+               ("quantization_config", {"bits": 4})],
+    "mamba_ssm": [("d_intermediate", 128), ("ssm_cfg", {"layer": "Mamba1"}),
+                  ("ssm_cfg", {"layer": "Mamba2", "ngroups": 2, "d_state": 24}),
+                  ("ssm_cfg", {"layer": "Mamba2", "norm_before_gate": True})],
+    "rwkv7": [("norm_first", False), ("attn", {"layers": [1]}), ("value_dim", [128, 256])],
 }
-WRONG = [  # what is refused by its name, or by that of the last key in it
-    ("gdn", """{"hidden_act": "gelu", "attention_bias": true, "sliding_window": 8, "head_dim": {},
-        "rope_parameters": {"rope_type": "yarn"}, "rope_scaling": {"type": "linear"},
-        "layer_types": ["linear_attention"], "text_config": {"tie_word_embeddings": false}}"""),
-    ("gdn", '{"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}}'),
-    ("mamba2", """{"model_type": "mamba", "n_groups": 0, "num_heads": "8", "hidden_size": true,
-        "num_hidden_layers": 1000000000, "vocab_size": 1e400, "layer_norm_epsilon": NaN,
-        "time_step_limit": [0.5, 0.1], "quantization_config": {"bits": 4}}"""),
-    ("mamba_ssm", '{"d_intermediate": 128, "ssm_cfg": {"layer": "Mamba1"}}'),
-    ("mamba_ssm", '{"ssm_cfg": {"layer": "Mamba2", "ngroups": 2, "d_state": 24}}'),
-    ("mamba_ssm", '{"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": true}}'),
-    ("mamba2", '{"hidden_act": "gelu"}'),
-    ("rwkv7", '{"norm_first": false, "attn": {"layers": [1]}, "value_dim": [128, 256]}'),
-]
 
 
-@pytest.mark.parametrize("kind", HARMLESS)
-def test_what_real_configs_say_besides_changes_nothing(tmp_path, kind):
-    make_checkpoint(tmp_path, kind)
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_config_that_asks_for_something_else_is_refused_by_name(tmp_path, kind):
+    make_checkpoint(tmp_path, kind.replace("mamba_ssm", "mamba2"))
+    if kind == "mamba_ssm":
+        as_mamba_ssm(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
-    plain = load(tmp_path)(random_tokens(0))[0]
-    (tmp_path / CONFIG).write_text(json.dumps(config | json.loads(HARMLESS[kind])))
-    (tmp_path / INDEX).write_text('{"weight_map": {"an": "older.safetensors"}}')
-    assert torch.equal(load(tmp_path)(random_tokens(0))[0], plain)
-
-
-@pytest.mark.parametrize("kind, wrong", WRONG)
-def test_a_config_that_asks_for_something_else_is_refused_by_name(tmp_path, kind, wrong):
-    make_checkpoint(tmp_path, kind)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    for key, value in json.loads(wrong).items():
+    for key, value in WRONG[kind]:
         (tmp_path / CONFIG).write_text(json.dumps(config | {key: value}))
         inside = list(value) if isinstance(value, dict) else []
         assert_refused(tmp_path, [key, *inside][-1])
 
 
 A_LOG, CONV = "backbone.layers.1.mixer.A_log", "backbone.layers.0.mixer.conv1d.weight"
-ODD = b'{"model_type": "mamba2", "hidden_size": 4, "vocab_size": 4, "time_step_limit": 5}'
 SPOILED = [  # tensor or file, its new content (None: it goes), message
-    ("lm_head.weight", None, "lm_head.weight is missing"),
+    (TOKENIZER, None, "neither tokenizer.json nor rwkv_vocab"),
+    (VOCABULARY, b"1 exit() 2", VOCABULARY),
+    (A_LOG, torch.tensor([-math.inf] + [0.0] * 7), "A_log holds NaN or Inf"),
+    ("\x1b[31mred\n\x07", torch.ones(2), r"unexpected tensor \[31mred \("),
+    (A_LOG, None, "A_log is missing"),
     (CONV, torch.zeros(112, 4, 1), r"\[112, 4, 1\].*an MLX conversion"),
     (A_LOG, torch.zeros(8, dtype=torch.int8), "holds I8"),
-    (A_LOG, torch.tensor([-math.inf] + [0.0] * 7), "A_log holds NaN or Inf"),
-    ("\x1b[31mred\x07", torch.ones(2), r"unexpected tensor \[31mred"),
     (WEIGHTS, b"version https://git-lfs.github.com/spec/v1", "git-LFS pointer"),
-    (WEIGHTS, bytes(99), "cannot be read"),
+    (WEIGHTS, None, r"\w/older.safetensors: is missing"),
+    (INDEX, None, "no model.safetensors, no index"),
     ("pytorch_model.bin", b"", "pytorch_model.bin is a pickle.*safetensors conversion"),
-    (INDEX, b'{"weight_map": {"a": "../b.safetensors"}}', "/b.safetensors: is missing"),
-    (CONFIG, b"[" * 99999, "cannot be read"),
     (CONFIG, b"[1]", "no JSON object"),
-    (CONFIG, ODD, "config.json: cannot be read .TypeError"),
-    (CONFIG, b'{"model_type": "\\u001b[2J\\n"}', r"model_type \[2J is not supported"),
-    (TOKENIZER, b"{}", "cannot be read"),
-    ("notes.txt", b"", "neither tokenizer.json nor rwkv_vocab"),
-    (VOCABULARY, b"1 exit() 2", VOCABULARY),
 ]
 
 
-INSTEAD_OF = {"pytorch_model.bin": WEIGHTS, INDEX: WEIGHTS, "notes.txt": TOKENIZER,
-              VOCABULARY: TOKENIZER}
-
-
-@pytest.mark.parametrize("name, content, message", SPOILED)
-def test_a_tensor_or_file_that_is_something_else_is_refused(tmp_path, name, content, message):
+def test_a_tensor_or_file_that_is_something_else_is_refused(tmp_path):
+    """Each is read before those that are spoiled already."""
     make_checkpoint(tmp_path, "mamba2")
-    if isinstance(content, bytes):
-        (tmp_path / INSTEAD_OF.get(name, name)).unlink()
-        (tmp_path / name).write_bytes(content)
-    else:
-        change_tensors(tmp_path, {name: content})
-    assert_refused(tmp_path, message)
-
-
-def test_pipes_devices_and_unknown_names_are_refused(tmp_path):
-    make_checkpoint(tmp_path, "mamba2")
-    weights, tokenizer = tmp_path / WEIGHTS, tmp_path / TOKENIZER
-    tokenizer.unlink()
-    tokenizer.symlink_to("/dev/zero")
-    assert_refused(tmp_path, "tokenizer.json: is missing, or no file")
-    tokenizer.unlink()
-    with open(tmp_path / VOCABULARY, "wb") as f:
-        f.truncate(2 * 10**8)  # sparse: it takes no room
+    for name, content, message in SPOILED:
+        file = tmp_path / name
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        elif file.exists():
+            file.unlink()
+        else:
+            change_tensors(tmp_path, {name: content})
+        assert_refused(tmp_path, message)
+    os.truncate(file, 2 * 10**8)  # config.json, sparse: it takes no room
     assert_refused(tmp_path, "has 200,000,000 bytes, allowed are 100,000,000")
-    weights.unlink()
-    os.mkfifo(weights)
-    assert_refused(tmp_path, "no file")
+    file.unlink()
+    file.symlink_to("/dev/null")
+    assert_refused(tmp_path, "config.json: is missing, or no file")
     assert_refused("no such thing", "neither a folder nor a hub id")
     assert_refused("nobody/no-such-model" + "x" * 300, "cannot be fetched")
 
@@ -1010,115 +949,93 @@ def test_pipes_devices_and_unknown_names_are_refused(tmp_path):
 def test_a_damaged_file_is_refused_in_one_line_or_does_no_harm(tmp_path, kind):
     """Cut off (no noise), or other bytes in the midst of it."""
     make_checkpoint(tmp_path, kind)
-    tokens, draw = random_tokens(0, T=5), np.random.default_rng(0)
-    logits, _ = load(tmp_path)(tokens)
-    for file in [CONFIG, WEIGHTS, TOKENIZER] * 10:
-        whole, noise = (tmp_path / file).read_bytes(), draw.bytes(draw.integers(4))
+    draw = np.random.default_rng(0)
+    for file in [tmp_path / name for name in (CONFIG, WEIGHTS, TOKENIZER)] * 10:
+        whole, noise = file.read_bytes(), draw.bytes(draw.integers(4))
         cut = draw.integers(len(whole))
         rest = whole[cut + len(noise) :] if noise else b""
-        (tmp_path / file).write_bytes(whole[:cut] + noise + rest)
+        file.write_bytes(whole[:cut] + noise + rest)
         try:
-            model = load(tmp_path)
-            load_tokenizer(model).encode("a b")
-            assert noise or torch.equal(model(tokens)[0], logits), "other numbers"
+            load_tokenizer(load(tmp_path)).encode("a b")
+            assert noise, "half a file was read"
         except InputError as error:
             assert str(error).isprintable() and len(str(error)) < 500
-        (tmp_path / file).write_bytes(whole)
+        file.write_bytes(whole)
 
 
 # ---- 9. Tokenizers, and files that are written ----
-def test_a_tokenizer_neither_cuts_nor_pads_and_is_this_models(tmp_path):
-    make_checkpoint(tmp_path, "mamba2")
-    words = Tokenizer(kinds.WordLevel({"a": 0, "b": 1, "a b": 2}, unk_token="a"))
+def test_tokenizers_neither_cut_nor_pad_and_are_this_models(tmp_path):
+    """RWKV World's takes the longest match; tokenizer.json counts, if both are there."""
+    model = Namespace(folder=tmp_path, vocab=8)
+    entries = ["a", "b", "ab", "é", b"\xc3", b"\xa9", " "]
+    lines = [f"{i} {entry!r} {len(entry)}\n" for i, entry in enumerate(entries, 1)]
+    (tmp_path / VOCABULARY).write_text("".join(lines), encoding="utf-8")
+    world = load_tokenizer(model)
+    assert world.encode("abba é") == [3, 2, 1, 7, 4]
+    assert world.decode([3, 2, 1, 7, 5, 6]) == "abba é"
+    with pytest.raises(InputError, match="no entry for the byte 99"):
+        world.encode("c")
+    words = Tokenizer(kinds.WordLevel({"a": 0, "b": 1, "a b": 8}, unk_token="a"))
     words.add_tokens(["b"])
     words.enable_truncation(2)
     words.enable_padding(length=9)
     words.save(str(tmp_path / TOKENIZER))
-    tokenizer = load_tokenizer(load(tmp_path))
-    assert tokenizer.encode("bbb") == [1, 1, 1] and tokenizer.last_id == 2
-    assert tokenizer.decode([1, 0]) == "b a"
+    with pytest.raises(InputError, match="ids up to 8, the embedding 8 rows"):
+        load_tokenizer(model)
+    model.vocab = 9
+    hub = load_tokenizer(model)
+    assert hub.encode("bbb") == [1, 1, 1] and hub.decode([1, 0]) == "b a"
     with pytest.raises(InputError, match="is the text Unicode"):
-        tokenizer.encode("\ud800")
-    Tokenizer(kinds.WordLevel({"a": 61}, unk_token="a")).save(str(tmp_path / TOKENIZER))
-    assert_refused(tmp_path, "ids up to 61, the embedding 61 rows")
-
-
-def test_world_tokenizer_takes_the_longest_match(tmp_path):
-    make_checkpoint(tmp_path, "mamba2")
-    (tmp_path / TOKENIZER).unlink()
-    entries = ["a", "b", "ab", "é", b"\xc3", b"\xa9", " "]
-    lines = [f"{i} {entry!r} {len(entry)}\n" for i, entry in enumerate(entries, 1)]
-    (tmp_path / VOCABULARY).write_text("".join(lines), encoding="utf-8")
-    tokenizer = load_tokenizer(load(tmp_path))
-    assert tokenizer.encode("abba é") == [3, 2, 1, 7, 4]
-    assert tokenizer.decode([3, 2, 1, 7, 4]) == "abba é"
-    with pytest.raises(InputError, match="no entry for the byte 99"):
-        tokenizer.encode("c")
+        hub.encode("\ud800")
 
 
 @EACH_KIND
 def test_what_is_saved_is_loaded_to_the_bit_and_never_half(tmp_path, kind, monkeypatch):
-    config, folder = tiny_config(kind), tmp_path / "new"
+    config = tiny_config(kind)
     model = shake(models.build(config), 4)
-    models.save(model, config, folder, torch.float16)
-    again = load(folder, dtype=torch.float16)
+    models.save(model, config, tmp_path, torch.float16)
+    again = load(tmp_path, dtype=torch.float16)
     for name, p in model.named_parameters():
-        assert torch.equal(again.get_parameter(name), p.half()), name
-    assert json.loads((folder / CONFIG).read_text()) == config | {"dtype": "float16"}
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+        assert_close(again.get_parameter(name), p.half(), atol=0, rtol=0)
+    assert json.loads((tmp_path / CONFIG).read_text()) == config | {"dtype": "float16"}
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     model.embedding.weight[0, 0] = math.inf
     with pytest.raises(InputError, match="holds NaN or Inf.*not saved"):
-        models.save(model, config, folder)
+        models.save(model, config, tmp_path)
     monkeypatch.setattr(json, "dump", None)  # fails between the weights and the config
-    for place in (folder, tmp_path / "other"):
-        with pytest.raises(InputError, match="TypeError"):
-            models.save(again, config, place)
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    assert not os.listdir(tmp_path / "other"), "no folder claims to hold a model"
+    with pytest.raises(InputError, match="TypeError"):
+        models.save(again, config, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_files_are_whole_or_absent_and_follow_links_and_the_umask(tmp_path):
-    link = tmp_path / "link"
-    link.symlink_to("target")
+    link, target = tmp_path / "link", tmp_path / "target"
+    link.symlink_to(target)
     before = os.umask(0o027)
-    try:
-        for content in (1, 2):  # the target is not there at first
-            with models.whole_file(str(link)) as temporary:
-                save_file({"a": torch.tensor(content)}, temporary)  # makes its files 0600
-        models.save(tiny_model("gdn"), tiny_config("gdn"), tmp_path / "model")
-    finally:
-        os.umask(before)
-    for file in (link, tmp_path / "model" / WEIGHTS, tmp_path / "model" / CONFIG):
-        assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    for content in (1, 2):  # the target is not there at first
+        with models.whole_file(str(link)) as temporary:
+            save_file({"a": torch.tensor(content)}, temporary)  # makes its files 0600
+    os.umask(before)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
     for error, raised in ((KeyboardInterrupt, KeyboardInterrupt), (OSError, InputError)):
         with pytest.raises(raised), models.whole_file(str(link)) as temporary:
             Path(temporary).write_text("half")
             raise error
-    assert link.is_symlink() and load_file(tmp_path / "target")["a"] == 2
-    assert sorted(os.listdir(tmp_path)) == ["link", "model", "target"]
+    assert link.is_symlink() and load_file(target)["a"] == 2
+    assert sorted(os.listdir(tmp_path)) == ["link", "target"]
 
 
 def test_a_place_that_takes_no_file_is_refused_before_the_work(tmp_path):
-    """Folders, devices and pipes are left as they are, and nothing is left beside them."""
+    """Nothing is left beside it."""
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "device").symlink_to("/dev/null")
-    (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "file").write_text("x")
-    for name in ("", "pipe", "device", "loop", "no/x", "file/x", "new/", "x" * 300, "nul\0"):
+    for name in ("", "pipe", "new/", "no/x"):
         with pytest.raises(InputError, match="give another place"):
-            models.check_writable(f"{tmp_path}/{name}")
-        with pytest.raises(InputError), models.whole_file(f"{tmp_path}/{name}"):
-            pytest.fail("the work has begun")
-    models.check_writable(str(tmp_path / "new"))
-    assert sorted(os.listdir(tmp_path)) == ["device", "file", "loop", "pipe"]
-    assert (tmp_path / "pipe").is_fifo() and os.path.exists("/dev/null")
+            with models.whole_file(f"{tmp_path}/{name}"):
+                pytest.fail("the work has begun")
     with pytest.raises(InputError, match="made a folder"):
-        models.save(tiny_model("gdn"), {}, tmp_path / "file")
-
-
-def test_an_error_is_one_printable_line():
-    message = str(InputError("a\x1b[31m red\x07 line\r\nand\u2028another\u202e \ud800 é ∂"))
-    assert message == "a [31m red line and another é ∂"
+        models.save(tiny_model("gdn"), {}, tmp_path / "pipe")
+    models.check_writable(str(tmp_path / "new"))
+    assert os.listdir(tmp_path) == ["pipe"]
 
 
 # ---- 10. Dictionaries ----
@@ -1126,18 +1043,14 @@ def text_of(path: str) -> str:
     return (HERE / path).read_text("utf-8")
 
 
-def random_sae(seed: int, n=12, K=6, V=4, metric=True) -> WriteSAE:
-    g = rng(seed)
-    M = []
-    for size in (K, V):
-        x = torch.randn(size, size, generator=g)
-        M.append(x @ x.T + 0.1 * torch.eye(size) if metric else None)
-    return WriteSAE(torch.randn(n, K, generator=g), torch.randn(n, V, generator=g), *M)
-
-
 def random_writes(seed: int, N=9, K=6, V=4):
     g = rng(seed)
     return torch.randn(N, K, generator=g), torch.randn(N, V, generator=g)
+
+
+def random_sae(seed: int, n=12, K=6, V=4) -> WriteSAE:
+    key, value = random_writes(seed + 1000, n, K, V)
+    return WriteSAE(key, value, random_metric(K, seed), random_metric(V, seed + 1))
 
 
 def inner(X, Y, M_k, M_v):
@@ -1145,28 +1058,21 @@ def inner(X, Y, M_k, M_v):
     return (M_k @ X @ M_v * Y).sum((-2, -1))
 
 
-def matrices(key, value):
-    return key[..., :, None] * value[..., None, :]
-
-
-@given(SEED, st.booleans(), SIZE, SIZE, st.integers(1, 300))
-def test_an_atom_is_the_nearest_of_all_and_at_its_best_size(seed, metric, K, V, N):
-    """Against whole matrices, in the metric; also more writes than a block of 128."""
-    sae = random_sae(seed, 7, K, V, metric)
-    k, v = random_writes(seed + 1, N, K, V)
-    A, X, M = matrices(sae.key, sae.value), matrices(k, v), (sae.M_k, sae.M_v)
+@given(SEED, SIZE, SIZE, st.sampled_from([1, 300]))
+def test_encode_takes_the_largest_product_of_whole_matrices(seed, K, V, N):
+    """In the metric, in which atoms have length 1; 300 writes are more than a block of 128."""
+    sae = random_sae(seed, 7, K, V)
+    k, v = random_writes(seed, N, K, V)
+    M = sae.M_k, sae.M_v
+    A = outer(sae.key, sae.value)
     assert_close(inner(A, A, *M), torch.ones(7), atol=1e-3, rtol=1e-3)
-    products = inner(A[:, None], X, *M)  # [n, N]
+    products = inner(A[:, None], outer(k, v), *M)  # [n, N]
+    best = products.amax(0)
     index, a = sae.encode(k, v)
-    assert_close(a, products.amax(0).relu(), atol=1e-3, rtol=1e-3)
-    stand_in = matrices(*sae.decode(index, a))
+    assert_close(products[index, torch.arange(N)], best, atol=1e-3, rtol=1e-3)
+    assert_close(a, best.relu(), atol=1e-3, rtol=1e-3)
+    stand_in = outer(*sae(k, v))
     assert_close(stand_in, a[:, None, None] * A[index], atol=1e-4, rtol=1e-4)
-    left = inner(X - stand_in, X - stand_in, *M)
-    for size in (0.9, 1.1):  # smaller or larger would be farther
-        off = X - size * stand_in
-        assert (inner(off, off, *M) >= left - 1e-2).all()
-    several = sae.encode(k.expand(2, -1, -1), v.expand(2, -1, -1))
-    assert torch.equal(several[0][1], index) and several[1].shape == (2, N)
 
 
 def test_a_dictionary_travels_with_its_metric_and_notes(tmp_path):
@@ -1176,51 +1082,39 @@ def test_a_dictionary_travels_with_its_metric_and_notes(tmp_path):
     sae.save(path)
     again = WriteSAE.load(path)
     assert again.about == sae.about
-    assert set(load_file(path)) == {"key", "value", "M_k", "M_v"}
-    for name, x in sae.named_buffers():
-        assert_close(getattr(again, name), x, msg=name, atol=1e-6, rtol=1e-6)
-    save_file({"atoms.keys": torch.ones(3, 1, 4)}, path)
-    with pytest.raises(InputError, match="version 2"):
-        WriteSAE.load(path)
+    assert_close(again.state_dict(), sae.state_dict(), atol=1e-6, rtol=1e-6)
     sae.key[1, 1] = math.nan
     with pytest.raises(InputError, match="not written"):
         sae.save(path)
-    assert list(load_file(path)) == ["atoms.keys"]
 
 
-NO_DICTIONARY = {
-    "no key": dict(key=None),
-    "another name": dict(extra=torch.ones(2, 2)),
-    "whole numbers": dict(key=torch.ones(12, 6, dtype=torch.int64)),
-    "fewer values": dict(value=torch.ones(11, 4)),
-    "a flat key": dict(key=torch.ones(12)),
-    "no atoms": dict(key=torch.ones(0, 6), value=torch.ones(0, 4)),
-    "an exchanged metric": dict(M_k=torch.eye(4), M_v=torch.eye(6)),
-    "an endless metric": dict(M_k=torch.full((6, 6), math.inf)),
-    "a NaN": dict(value=torch.full((12, 4), math.nan)),
-}
-
-
-@pytest.mark.parametrize("what", NO_DICTIONARY)
-def test_a_file_that_holds_no_dictionary_is_refused(tmp_path, what):
+def test_a_file_that_holds_no_dictionary_is_refused(tmp_path):
     path = str(tmp_path / "a.safetensors")
-    sae = random_sae(3)
-    tensors = {name: getattr(sae, name) for name in ("key", "value", "M_k", "M_v")}
-    tensors = tensors | NO_DICTIONARY[what]
-    save_file({name: x for name, x in tensors.items() if x is not None}, path)
-    with pytest.raises(InputError, match="a.safetensors|writes|metric"):
-        WriteSAE.load(path)
+    key, value = random_writes(0)
+    wrong = (
+        ({"atoms.keys": key}, "version 2"),
+        (dict(key=key), "a.safetensors"),
+        (dict(key=key, value=math.nan * value), "9 of 9 writes"),
+        (dict(key=key, value=value, M_k=torch.eye(4)), "metric of shape .4, 4."),
+        (dict(key=key, value=value, M_v=math.inf * torch.ones(4, 4)), "must be finite"),
+    )
+    for tensors, message in wrong:
+        save_file(tensors, path)
+        with pytest.raises(InputError, match=message):
+            WriteSAE.load(path)
 
 
-@given(st.sampled_from(["cut", "a flipped bit"]), st.integers(0, 10**6))
-def test_a_damaged_dictionary_is_refused_or_does_no_harm(tmp_path_factory, damage, where):
+@given(st.booleans(), st.integers(0, 10**6))
+def test_a_damaged_dictionary_is_refused_or_does_no_harm(tmp_path_factory, cut, where):
+    """Cut off somewhere, or with one bit flipped."""
     path = tmp_path_factory.mktemp("sae") / "a.safetensors"
     random_sae(0).save(str(path))
     whole = bytearray(path.read_bytes())
-    if damage == "cut":
-        whole = whole[: where % len(whole)]
+    place = where % len(whole)
+    if cut:
+        whole = whole[:place]
     else:
-        whole[where % len(whole)] ^= 1 << where % 8
+        whole[place] ^= 1 << where % 8
     path.write_bytes(whole)
     try:
         index, a = WriteSAE.load(str(path)).encode(*random_writes(0))
@@ -1229,19 +1123,19 @@ def test_a_damaged_dictionary_is_refused_or_does_no_harm(tmp_path_factory, damag
         assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("kind", ["numpy", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("kind", ["numpy", "bfloat16", "float64"])
 def test_writes_of_any_precision_train_and_code(kind):
     k, v = random_writes(0, 200)
-    there = (k.numpy(), v.numpy())
+    there = k.numpy(), v.numpy()
     if kind != "numpy":
-        there = (k.to(getattr(torch, kind)), v.to(getattr(torch, kind)))
-    sae = untrained(*there, 8, rng(0))
-    assert_close(sae.key.float(), untrained(k, v, 8, rng(0)).key, atol=0.02, rtol=0.02)
-    learned = writesae.fit(*there, 8, rng(0), steps=3, sample=100)
-    for dictionary in (sae, learned):
-        assert dictionary.key.dtype == (torch.float64 if kind == "float64" else torch.float32)
-        index, a = dictionary.encode(*there)
-        assert index.shape == (200,) and a.isfinite().all() and (a > 0).sum() > 100
+        dtype = getattr(torch, kind)
+        there = k.to(dtype), v.to(dtype)
+    for make in (untrained, writesae.fit):
+        sae = make(*there, 8, rng(0))
+        assert sae.key.dtype == (torch.float64 if kind == "float64" else torch.float32)
+        _, a = sae.encode(*there)
+        _, expected = sae.encode(k, v)
+        assert_close(a, expected, atol=0.1, rtol=0.02)
 
 
 def test_what_are_no_writes_is_refused_in_one_line():
@@ -1257,10 +1151,12 @@ def test_what_are_no_writes_is_refused_in_one_line():
     }
     sae = random_sae(0)
     for message, writes in wrong.items():
-        for use in (sae.encode, untrained, writesae.fit, WriteSAE):
-            more = (4, rng(0)) if use in (untrained, writesae.fit) else ()
+        for use in (sae.encode, WriteSAE):
             with pytest.raises(InputError, match=message):
-                use(*writes, *more)
+                use(*writes)
+        for make in (untrained, writesae.fit):
+            with pytest.raises(InputError, match=message):
+                make(*writes, 4, rng(0))
     with pytest.raises(InputError, match="exchanged"):
         sae.encode(v, k)
     for make in (untrained, writesae.fit):
@@ -1270,56 +1166,47 @@ def test_what_are_no_writes_is_refused_in_one_line():
 
 def test_the_untrained_null_is_made_of_different_writes():
     k, v = random_writes(1, 40)
-    sae = untrained(k, v, 40, rng(2))
-    index, a = sae.encode(k, v)
+    index, a = untrained(k, v, 40, rng(2)).encode(k, v)
     assert index.unique().numel() == 40, "drawn without replacement"
     assert_close(a, k.norm(dim=1) * v.norm(dim=1))
-    drawn = [untrained(k, v, 10, rng(seed)).key for seed in (3, 3, 4)]
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-
-
-def test_writes_with_nothing_to_learn_from_leave_no_nan():
-    for k, v in ((torch.zeros(50, 6), torch.zeros(50, 4)), (torch.ones(50, 6), torch.ones(50, 4))):
-        sae = writesae.fit(k, v, 8, rng(0), steps=3, sample=20)
-        assert all(x.isfinite().all() for x in sae.buffers())
-        assert all(x.isfinite().all() for x in sae(k, v))
+    assert not torch.equal(index, torch.arange(40)), "drawn in no order"
 
 
 # ---- 11. The test over a text, and what near means ----
-@settings(max_examples=6)
-@given(KIND, SEED, st.sampled_from([1, 10**9]))
-def test_the_test_over_a_text_is_the_definition_everywhere(kind, seed, batch_bytes):
-    """Any layer and head, one passage at a time or all: `effect` of the two edits."""
-    model, tokens, positions = tiny_model(kind), random_tokens(seed, 3, 40), [1, 12, 29]
-    layer = model.recurrent_layers[seed % len(model.recurrent_layers)]
-    head = seed % model.layers[layer].mixer.heads
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writesae, "BATCH_BYTES", batch_bytes)
-        k, v = writesae.collect(model, tokens, layer, [head])
-        k, v = k[:, positions, 0], v[:, positions, 0]
-        g = rng(seed)
-        stand_ins = {"nothing": (0 * k, v), "itself": (k, v)}
-        stand_ins["another"] = torch.randn(k.shape, generator=g), torch.randn(v.shape, generator=g)
-        effects = writesae.replacement(model, layer, head, tokens, positions, stand_ins)
+@EACH_KIND
+@pytest.mark.parametrize("layer, head, batch_bytes", [(0, 1, 1), (2, 3, 10**9)])
+def test_the_test_over_a_text_is_the_definition_everywhere(kind, layer, head, batch_bytes,
+                                                           monkeypatch):
+    """`effect` of the same edits, with nothing, one matrix or the sum of two in a write's place;
+    one passage at a time or all."""
+    monkeypatch.setattr(writesae, "BATCH_BYTES", batch_bytes)
+    model, tokens, positions = tiny_model(kind), random_tokens(0, 3, 40), [1, 12, 29]
+    text = model, layer, head, tokens, positions
+    k, v = writesae.collect(model, tokens, layer, [head])
+    k, v = k[:, positions], v[:, positions]  # [3, 3, 1, ·]
+    key = torch.randn(3, 3, 2, k.shape[-1], generator=rng(1))
+    value = torch.randn(3, 3, 2, v.shape[-1], generator=rng(2))
+    itself = torch.cat([k, 0 * k], 2), torch.cat([v, v], 2)
+    effects = writesae.replacement(*text, dict(itself=itself, two=(key, value)))
     assert effects["itself"].max() < 1e-8, "a write replaced by itself changes nothing"
-    for name in ("nothing", "another"):
-        for i, t in enumerate(positions):
-            out = Edit(layer, head, t, -k[:, i], v[:, i])
-            put = Edit(layer, head, t, *(x[:, i] for x in stand_ins[name]))
-            one = writesae.effect(model, tokens, t, [out, put])
-            assert_close(effects[name][:, i], one, atol=2e-5, rtol=2e-3)
+    key_0, value_0 = key[:, :, 0], value[:, :, 0]
+    single = dict(nothing=(0 * key_0, value_0), one=(key_0, value_0))
+    effects |= writesae.replacement(*text, single)
+    for i, t in enumerate(positions):
+        edits = [Edit(layer, head, t, -k[:, i, 0], v[:, i, 0])]
+        edits += [Edit(layer, head, t, key[:, i, j], value[:, i, j]) for j in (0, 1)]
+        for n, name in ((1, "nothing"), (2, "one"), (3, "two")):
+            expected = writesae.effect(model, tokens, t, edits[:n])
+            assert_close(effects[name][:, i], expected, atol=2e-5, rtol=2e-3)
 
 
 def test_a_place_or_position_that_is_none_is_refused():
     model, tokens = tiny_model("gdn"), random_tokens(0, 2, 30)
-    mixer = model.layers[1].mixer
-    one = torch.ones(2, 1, mixer.K), torch.ones(2, 1, mixer.V)
-    for layer, head, t, message in (
-        (1, 0, 0, "one comes before"), (1, 0, 20, "10 after the last"), (3, 0, 9, "attention"),
-        (1, 4, 9, "heads 0..3"),
-    ):
+    stand_ins = {"x": (torch.ones(2, 1, 8), torch.ones(2, 1, 6))}
+    wrong = ((1, 0, "one comes before"), (1, 20, "10 after the last"), (3, 9, "attention"))
+    for layer, t, message in wrong:
         with pytest.raises(InputError, match=message):
-            writesae.replacement(model, layer, head, tokens, [t], {"x": one})
+            writesae.replacement(model, layer, 0, tokens, [t], stand_ins)
 
 
 @EACH_KIND
@@ -1328,56 +1215,43 @@ def test_the_read_metric_is_the_fisher_information_of_the_next_predictions(kind)
     model, tokens = tiny_model(kind).double(), random_tokens(4, 2, 24)
     mixer, t = model.layers[1].mixer, 8
     M = writesae.read_metric(model, 1, 2, tokens, [t], rng(5), ridge=0.1)
-    steps = slice(t, t + 11)
-    native = model(tokens)[0][:, steps].log_softmax(-1)
-    lots = torch.rand(2, 1, 11, 1, generator=rng(5))[:, 0]
-    drawn = torch.searchsorted(native.exp().cumsum(-1).contiguous(), lots.double())
+    native = model(tokens)[0].log_softmax(-1)[:, t : t + 11]
+    lots = torch.rand(2, 11, 1, generator=rng(5)).double()
+    drawn = torch.searchsorted(native.exp().cumsum(-1), lots)
     G = torch.zeros(2, mixer.K, mixer.V, dtype=torch.float64)
-    for c in range(mixer.K):
-        for d in range(mixer.V):
-            edit = Edit(1, 2, t, 1e-5 * torch.eye(mixer.K)[c].double(), torch.eye(mixer.V)[d])
-            edited = model(tokens, edits=[edit])[0][:, steps].log_softmax(-1)
-            G[:, c, d] = (edited - native).gather(-1, drawn).sum((1, 2)) / 1e-5
+    keys, values = torch.eye(mixer.K).double(), torch.eye(mixer.V).double()
+    for c, d in itertools.product(range(mixer.K), range(mixer.V)):
+        edit = Edit(1, 2, t, 1e-5 * keys[c], values[d])
+        edited = model(tokens, edits=[edit])[0].log_softmax(-1)[:, t : t + 11]
+        G[:, c, d] = (edited - native).gather(-1, drawn).sum((1, 2)) / 1e-5
     for ours, side in zip(M, (G @ G.mT, G.mT @ G)):
-        side = side.sum(0) / side.sum(0).diagonal().mean()
-        assert (side - side.diag().diag()).abs().max() > 0.1, "a case with something to see"
+        side = side.sum(0)
+        side = side / side.diagonal().mean()
         assert_close(ours.double(), side + 0.1 * torch.eye(len(side)), atol=2e-3, rtol=2e-2)
 
 
-@given(SEED, SIZE, SIZE)
-def test_a_matrix_as_near_has_the_atoms_angles_and_another_direction(seed, K, V):
-    """In the metric: the same length and the same angle to the write, side by side."""
-    K, V = K + 2, V + 2
-    sae = random_sae(seed, 5, K, V).double()
-    k, v = (x.double() for x in random_writes(seed, 50, K, V))
-    key, value = sae(k, v)
-    near = writesae.as_near(k, v, key, value, sae.M_k, sae.M_v, rng(seed))
+def test_a_matrix_as_near_has_the_atoms_angles_and_else_any_direction():
+    """Three writes, for each 20,000 matrices; all lengths and angles as the metric has them."""
+    sae = random_sae(0)
+    k, v = (x[:, None].expand(-1, 20_000, -1) for x in random_writes(0, 3))
+    key, value = (x[:, None].expand(-1, 20_000, -1) for x in random_writes(1, 3))
+    near = writesae.as_near(k, v, key, value, sae.M_k, sae.M_v, rng(0))
     for x, atom, other, M in zip((k, v), (key, value), near, (sae.M_k, sae.M_v)):
-        size = (x @ M * x).sum(-1).sqrt() * (atom @ M * atom).sum(-1).sqrt()
-        for ours, theirs in ((x @ M * other, x @ M * atom), (other @ M * other, atom @ M * atom)):
-            size = size.clamp_min(1e-30)
-            assert_close(ours.sum(-1) / size, theirs.sum(-1) / size, atol=1e-4, rtol=1e-4)
-    moved = (near[0] - key).norm(dim=-1) > 1e-2 * key.norm(dim=-1)
-    assert moved.double().mean() > 0.5
-    again = writesae.as_near(k, v, key, value, sae.M_k, sae.M_v, rng(seed + 1))
-    assert not torch.equal(again[0], near[0])
-
-
-def test_directions_of_a_matrix_as_near_are_drawn_evenly_as_the_metric_measures():
-    """With no length along the write, the mean of r rᵀ is what a sphere of the metric has."""
-    M = torch.tensor([[4.0, 1, 0], [1, 2, 0], [0, 0, 1]])
-    x = torch.tensor([[0.0, 0, 1]]).expand(20_000, -1)
-    like = torch.tensor([[1.0, 0, 0]]).expand(20_000, -1)
-    r, _ = writesae.as_near(x, x, like, like, M, M, rng(0))
-    assert_close(r[:, 2], torch.zeros(20_000), atol=1e-5, rtol=0)
-    sphere = 4 / 2 * F.pad(M[:2, :2].inverse(), (0, 1, 0, 1))
-    assert_close(r.T @ r / 20_000, sphere, atol=0.03, rtol=0)
+        e = x / (x @ M * x).sum(-1, keepdim=True).sqrt()
+        along = (atom @ M * e).sum(-1)
+        length = (atom @ M * atom).sum(-1)  # squared
+        assert_close((other @ M * e).sum(-1), along, atol=1e-3, rtol=1e-3)
+        assert_close((other @ M * other).sum(-1), length, atol=1e-3, rtol=1e-3)
+        across = other - along[..., None] * e
+        sphere = (M.inverse() - outer(e, e)[:, 0]) / (len(M) - 1)  # mean of r rᵀ, at length 1
+        spread = (length - along.square())[:, :1, None] * sphere
+        assert_close(across.mT @ across / 20_000, spread, atol=0.1, rtol=0.05)
 
 
 def test_figures_of_a_stand_in_by_hand():
-    """Four positions in two passages: ratios 0.2, 2, 0.5, 0.25; the sums 7.5 of 14."""
+    """Four positions in two passages: ratios 1/5, 2, 1/2 and 1/3; the sums are 7.5 and 14."""
     effect = torch.tensor([[1.0, 4], [0.5, 2]])
-    nothing = torch.tensor([[5.0, 2], [1, 8]]) - torch.tensor([[0.0, 0], [0, 2]])
+    nothing = torch.tensor([[5.0, 2], [1, 6]])
     match = torch.tensor([[0.71, 0.70], [0.9, -0.9]])
     f = writesae.left_figures(effect, nothing, match, torch.tensor([0, 1]), rng(0))
     assert f["won"] == 0.75 and f["covered"] == 0.5 and f["left_ci95"] is None
@@ -1404,196 +1278,171 @@ def test_figures_at_firings_by_hand():
 
 
 # ---- 12. Compare: several atoms, other dictionaries ----
-def energy_left(stand_in, k, v, M):
-    """What sums of matrices [N, m, ·] leave of writes, by whole matrices."""
-    left = matrices(k, v) - stand_in[0].mT @ stand_in[1]
-    return inner(left, left, *M)
-
-
-@given(SEED, st.booleans())
-def test_one_atom_of_a_pursuit_is_encode_up_to_sign_and_one_more_never_explains_less(seed, metric):
-    sae, (k, v) = random_sae(seed, 9, metric=metric), random_writes(seed + 1, 60)
-    products = (k @ sae.find_key.T) * (v @ sae.find_value.T)
-    index, a = writesae.pursuit(sae, k, v, 1)
-    assert torch.equal(index[:, 0], products.abs().argmax(1)) and (a < 0).any()
-    assert_close(a, products.gather(1, index), atol=1e-4, rtol=1e-4)
-    encoded, size = sae.encode(k, v)
-    same = (a[:, 0] > 0) & (index[:, 0] == encoded)
-    assert same.sum() > 9 and (a[same, 0] - size[same]).abs().max() < 1e-3
-    codes = [writesae.pursuit(sae, k, v, m) for m in range(1, 10)]
-    M = sae.M_k, sae.M_v
-    left = torch.stack([energy_left(sae.decode(*code), k, v, M) for code in codes])
-    assert (left[1:] <= left[:-1] + 1e-3 * left[0]).all()
-    index, a = writesae.pursuit(sae, k.view(3, 20, -1), v.view(3, 20, -1), 9)
-    assert (index.sort(-1).values == torch.arange(9).expand(3, 20, 9)).all()  # none twice
-
-
-def test_a_refitted_pursuit_equals_brute_force():
-    """Orthogonal atoms: the best pair of all; any atoms: least squares on those that it took."""
-    key = torch.linalg.qr(torch.randn(6, 6, generator=rng(0)))[0][:5]
-    sae, (k, v) = WriteSAE(key, torch.eye(4)[[0, 0, 1, 2, 3]]), random_writes(1, 40)
-    M, best = (sae.M_k, sae.M_v), []
-    for pair in map(list, itertools.combinations(range(5), 2)):
-        products = inner(matrices(sae.key, sae.value)[pair][:, None], matrices(k, v), *M)
-        best.append(matrices(k, v).square().sum((1, 2)) - products.square().sum(0))
-    got = energy_left(sae.decode(*writesae.pursuit(sae, k, v, 2)), k, v, M)
-    assert_close(got, torch.stack(best).amin(0), atol=1e-3, rtol=1e-3)
-    sae = random_sae(2, 8)
-    index, a = writesae.pursuit(sae, k, v, 3)
-    upper = torch.linalg.cholesky(sae.M_k).mT, torch.linalg.cholesky(sae.M_v)
-    atoms = (upper[0] @ matrices(sae.key, sae.value) @ upper[1]).flatten(1)[index]  # [N, 3, KV]
-    X = (upper[0] @ matrices(k, v) @ upper[1]).flatten(1)
-    best = torch.linalg.lstsq(atoms.mT, X[..., None]).solution[..., 0]
-    assert_close(a, best, atol=1e-3, rtol=1e-3)
-    one = sae.decode(*(x[:, 0] for x in writesae.pursuit(sae, k, v, 1)))
-    products = inner(matrices(sae.key, sae.value)[:, None], matrices(k, v) - matrices(*one),
-                     sae.M_k, sae.M_v)
-    assert torch.equal(index[:, 1], products.abs().argmax(0))  # of what the first one leaves
+@given(SEED)
+def test_a_pursuit_takes_what_is_largest_in_the_rest_and_refits_all(seed):
+    """Against whole matrices, as vectors in which the metric is the identity; one write is zero."""
+    sae = random_sae(seed, 8).double()
+    k, v = (x.double() for x in random_writes(seed, 20))
+    k[0] = 0
+    root_k, root_v = torch.linalg.cholesky(sae.M_k), torch.linalg.cholesky(sae.M_v)
+    atoms = (root_k.mT @ outer(sae.key, sae.value) @ root_v).flatten(1)  # [8, K V]
+    X = (root_k.mT @ outer(k, v) @ root_v).flatten(1)[..., None]
+    left, taken = X, torch.zeros(20, 0, dtype=torch.long)
+    for m in range(1, 9):
+        products = (atoms @ left)[..., 0].abs()
+        best = products.scatter(1, taken, -1).argmax(1, keepdim=True)  # none twice
+        taken = torch.cat([taken, best], 1)
+        index, a = writesae.pursuit(sae, k, v, m)
+        assert torch.equal(index, taken)
+        chosen = atoms[taken].mT  # [20, K V, m]
+        fitted = torch.linalg.lstsq(chosen, X).solution
+        assert_close(a, fitted[..., 0], atol=1e-3, rtol=1e-3)
+        left = X - chosen @ fitted
+    again, _ = writesae.pursuit(sae, k.view(4, 5, -1), v.view(4, 5, -1), 8)
+    assert torch.equal(again.view(20, 8), index)
     with pytest.raises(InputError, match="9 atoms for a write, of 8"):
         writesae.pursuit(sae, k, v, 9)
 
 
 def test_a_key_is_pulled_by_what_the_other_atoms_leave():
-    (x, y), (key, value), M_v = random_writes(0, 5), random_writes(1, 15), random_sae(0).M_v
-    key, value, a = key.view(5, 3, 6), value.view(5, 3, 4), torch.randn(5, 3, generator=rng(2))
+    x, y = random_writes(0, 5)
+    key, value = (side.view(5, 3, -1) for side in random_writes(1, 15))
+    M_v, a = random_metric(4, 2), torch.randn(5, 3, generator=rng(3))
     got = writesae.pulled(x, y @ M_v, key, value, value @ M_v, a)
-    for n, j in itertools.product(range(5), range(3)):
-        others = sum(a[n, i] * matrices(key[n, i], value[n, i]) for i in {0, 1, 2} - {j})
-        pull = a[n, j] * (matrices(x[n], y[n]) - others) @ M_v @ value[n, j]
-        assert_close(got[n, j], pull, atol=1e-3, rtol=1e-3)
+    A = a[..., None, None] * outer(key, value)  # [5, 3, K, V]
+    others = A.sum(1, keepdim=True) - A
+    pull = (outer(x, y)[:, None] - others) @ M_v @ value[..., None]
+    assert_close(got, a[..., None] * pull[..., 0], atol=1e-3, rtol=1e-3)
 
 
-def planted():
-    """Six orthogonal atoms [7, 8], one of them rare, and 3,000 writes that are one each, of any
-    size and sign."""
-    value = torch.linalg.qr(torch.randn(8, 8, generator=rng(3)))[0]
-    which = torch.randint(5, (3000,), generator=rng(4)).index_fill(0, torch.arange(40), 5)
-    truth = WriteSAE(torch.eye(7)[:6], value[:6])
-    size = 1 + torch.rand(3000, generator=rng(5))
-    size[::2] *= -1
-    return truth, *truth.decode(which, size)
-
-
-def test_pursuit_finds_planted_atoms_and_learns_for_as_many_as_are_active():
-    truth, k, v = planted()
+def test_pursuit_finds_planted_atoms():
+    """Six orthogonal ones, one of them rare; each write is one of them, of any size and sign."""
+    rotation, _ = torch.linalg.qr(torch.randn(8, 8, generator=rng(3)))
+    truth = WriteSAE(torch.eye(7)[:6], rotation[:6])
+    which = torch.randint(5, (3000,), generator=rng(4))
+    which[:40] = 5
+    k, v = truth.decode(which, torch.randn(3000, generator=rng(5)))
     found = writesae.fit_pursuit(k, v, 9, 1, rng(0), steps=6, sample=2000)
     products = (truth.key @ found.key.T) * (truth.value @ found.value.T)
     assert products.abs().amax(1).min() > 0.999
-    (k, v), M, left = random_writes(5, 400), (random_sae(6).M_k, random_sae(6).M_v), {}
+
+
+def test_pursuit_learns_for_as_many_atoms_as_are_active():
+    k, v = random_writes(5, 400)
+    M, left = (random_metric(6, 6), random_metric(4, 7)), {}
     for m, steps in ((3, 0), (3, 1), (3, 8), (1, 8)):
         sae = writesae.fit_pursuit(k, v, 20, m, rng(7), *M, steps=steps, sample=1500)
-        energy = inner(matrices(k, v), matrices(k, v), *M)
         three = sae.decode(*writesae.pursuit(sae, k, v, 3))
-        left[m, steps] = (energy_left(three, k, v, M) / energy).mean()
+        _, unexplained = writesae.nearness(three, (k[:, None], v[:, None]), *M)
+        left[m, steps] = unexplained.mean()
     assert left[3, 8] < 0.75 * left[3, 0] and left[3, 1] < 0.95 * left[3, 0]
     assert left[3, 8] < 0.97 * left[1, 8]
 
 
 def test_writes_in_proportion_to_norm():
+    """Their norms are 1, 4 · 3 and 0, as the metric has them."""
     k = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 0]]).repeat(3000, 1)
     v = torch.tensor([[1.0, 0], [0, 3], [1, 1]]).repeat(3000, 1)
-    x, y = writesae.by_norm(k, v, rng(0), torch.diag(torch.tensor([1.0, 4, 1])), torch.eye(2))
-    second = x[:, 1] == 2  # the norms are 1, 4 · 3 and 0
-    assert abs(second.float().mean() - 12 / 13) < 0.02 and len(x) == len(k)
-    assert (x.norm(dim=1) > 0).all() and (y[second, 1] == 3).all()
+    M_k = torch.diag(torch.tensor([1.0, 4, 1]))
+    x, y = writesae.by_norm(k, v, rng(0), M_k, torch.eye(2))
+    first, second = x[:, 0] == 1, x[:, 1] == 2
+    assert (first | second).all() and (y[second, 1] == 3).all()
+    assert len(x) == 9000 and abs(second.float().mean() - 12 / 13) < 0.02
 
 
 def test_two_vector_dictionaries():
     """On writes of one key they are one, of values; and an atom of either sign will do."""
-    (size, v), M = random_writes(0, 500, 1), (random_sae(2).M_k, random_sae(2).M_v)
+    size, v = random_writes(0, 500, 1)
     k = torch.tensor([1.0, -2, 3, 0, 1, 1]) * size
-    one, eight = (writesae.two_vector_saes(k, v, n, rng(3), *M)(k, v) for n in (1, 8))
-    assert_close(eight[0], k, atol=1e-2, rtol=2e-3)
-    left = [((x @ M[1]) * x).sum() for x in (v, v - one[1], v - eight[1])]
-    assert left[2] < 0.4 * left[0] and left[2] < 0.6 * left[1]
-    assert ((one[1] @ M[1]) * v).sum(1).min() >= 0
+    M_k, M_v = random_metric(6, 2), random_metric(4, 3)
+    left = []
+    for n in (1, 8):
+        key, value = writesae.two_vector_saes(k, v, n, rng(3), M_k, M_v)(k, v)
+        assert_close(key, k, atol=1e-2, rtol=2e-3)
+        assert (value @ M_v * v).sum(1).min() >= 0
+        left.append(((v - value) @ M_v * (v - value)).sum())
+    whole = (v @ M_v * v).sum()
+    assert left[1] < 0.4 * whole and left[1] < 0.6 * left[0]
 
 
 def test_means_after_tokens_by_hand():
-    tokens, asked = torch.tensor([[5, 7, 7], [7, 5, 7]]), torch.tensor([[9, 5, 7, 7, 9, 5]])
-    two = writesae.contexts(tokens, 2)
-    assert two[:, 0].tolist() == [-1, -1] and two[0, 1] == two[1, 2] != two[1, 1]
+    """Of writes in two windows: after the same two tokens, else the same one, else all."""
+    tokens, asked = torch.tensor([[5, 7, 7], [7, 5, 7]]), torch.tensor([[7, 5, 7, 7, 9, 5]])
     k = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [2, 0, 0], [0, 3, 0]])
     v = torch.tensor([[1.0, 0], [2, 0], [0, 1], [0, 1], [1, 1], [4, 0]])
-    X, mean = matrices(k, v), 0
+    X, mean = outer(k, v), 0
     for order in (0, 1, 2):
-        there, here = (writesae.contexts(x, order).flatten() for x in (tokens, asked))
+        there = writesae.contexts(tokens, order).flatten()
+        here = writesae.contexts(asked, order).flatten()
         mean = writesae.mean_after(k, v, there, here, mean)
-    after_5, after_5_7 = (X[0] + X[4]) / 2, (X[1] + X[5]) / 2
-    wanted = [X.mean(0), after_5, after_5_7, X[2], X.mean(0), after_5]
-    assert_close(mean, torch.stack(wanted))
-    two = torch.tensor([[1.0, 0], [0, 2], [0, 0]])
-    first = torch.tensor([[0.0, 0], [0, 2], [0, 0]])
-    assert_close(matrices(*writesae.leading_pair(two)), first)
-    X = matrices(*random_writes(0, 5))
-    assert_close(matrices(*writesae.leading_pair(X)), X, atol=1e-4, rtol=1e-4)
+    after_5 = (X[0] + X[4]) / 2
+    after_7 = (X[1] + X[2] + X[3] + X[5]) / 4
+    after_5_7 = (X[1] + X[5]) / 2
+    wanted = torch.stack([after_7, X[4], after_5_7, X[2], X.mean(0), after_5])
+    assert_close(mean, wanted)
+    left = wanted - outer(*writesae.leading_pair(wanted))
+    smaller = torch.linalg.svdvals(wanted)[:, 1:]
+    assert_close(left.square().sum((1, 2)), smaller.square().sum(1))
 
 
-def test_nearness_and_what_learning_is_worth():
-    (k, v), (key, value), M = random_writes(0, 5), random_writes(1, 15), random_sae(0)
-    sums, X = (key.view(5, 3, 6), value.view(5, 3, 4)), matrices(k, v)
-    A, M = sums[0].mT @ sums[1], (M.M_k, M.M_v)
-    cosine, left = writesae.nearness(sums, (k[:, None], v[:, None]), *M)
-    assert_close(left, energy_left(sums, k, v, M) / inner(X, X, *M), atol=1e-3, rtol=1e-3)
-    both = (inner(X, X, *M) * inner(A, A, *M)).sqrt()
-    assert_close(cosine, inner(X, A, *M) / both, atol=1e-4, rtol=1e-4)
-    sizes, y = [100, 1000, 10_000], [0.8, 0.4, 0.3]
-    assert writesae.worth(sizes, y, 0.6) == pytest.approx(100 * 10**0.5)
-    assert writesae.worth(sizes, y, 0.325) == pytest.approx(1000 * 10**0.75)
-    assert writesae.worth(sizes, y[::-1], 0.4) == pytest.approx(1000)
-    assert writesae.worth(sizes, y, 0.29) is None and writesae.worth(sizes, y, 0.9) is None
+def test_nearness_is_that_of_whole_matrices():
+    k, v = random_writes(0, 5)
+    key, value = (side.view(5, 3, -1) for side in random_writes(1, 15))
+    write, M = (k[:, None], v[:, None]), (random_metric(6, 2), random_metric(4, 3))
+    cosine, left = writesae.nearness((key, value), write, *M)
+    A, X = key.mT @ value, outer(k, v)
+    energy, own = inner(X, X, *M), inner(A, A, *M)
+    assert_close(left, inner(X - A, X - A, *M) / energy, atol=1e-3, rtol=1e-3)
+    assert_close(cosine, inner(X, A, *M) / (energy * own).sqrt(), atol=1e-4, rtol=1e-4)
+    of_first, _ = writesae.nearness((key[:, :1], value[:, :1]), write)
+    assert_close(writesae.cosine(key[:, 0], value[:, 0], k, v), of_first)
+
+
+def test_what_learning_is_worth_by_hand():
+    sizes, falling, rising = [100, 1000, 10_000], [0.8, 0.4, 0.3], [0.3, 0.4, 0.8]
+    assert writesae.worth(sizes, falling, 0.325) == pytest.approx(1000 * 10**0.75)
+    assert writesae.worth(sizes, rising, 0.6) == pytest.approx(1000 * 10**0.5)
+    assert writesae.worth(sizes, [0.4, 0.4, 0.3], 0.4) == pytest.approx(1000)
+    assert writesae.worth(sizes, falling, 0.29) is None
 
 
 def test_zero_writes_leave_no_nan():
     k, v = random_writes(0, 200)
     k[::3] = 0
+    learned = writesae.fit(k, v, 8, rng(0), steps=3, sample=20)
     several = writesae.fit_pursuit(k, v, 10, 3, rng(1), steps=2, sample=50)
-    found = several.decode(*writesae.pursuit(several, k, v, 3))
+    write = k[:, None], v[:, None]
+    found = [*learned(k, v), *writesae.nearness(write, write)]
+    found += several.decode(*writesae.pursuit(several, k, v, 3))
     found += writesae.two_vector_saes(k, v, 5, rng(3))(k, v)
-    found += writesae.nearness((k[:, None], v[:, None]), (k[:, None], v[:, None]))
     assert all(x.isfinite().all() for x in found)
-
-
-@EACH_KIND
-def test_a_sum_of_matrices_in_a_writes_place(kind):
-    """`replacement` with sums of m matrices equals `effect` with m edits."""
-    model, tokens = tiny_model(kind), random_tokens(0)
-    K, V = model.layers[1].mixer.K, model.layers[1].mixer.V
-    key, value = (x.view(2, 1, 3, -1) for x in random_writes(1, 6, K, V))
-    got = writesae.replacement(model, 1, 2, tokens, [9], {"sum": (key, value)})["sum"]
-    k, v = (x[:, 9, 0] for x in writesae.collect(model, tokens, 1, [2]))
-    edits = [Edit(1, 2, 9, -k, v)]
-    edits += [Edit(1, 2, 9, key[:, 0, j], value[:, 0, j]) for j in range(3)]
-    assert_close(got[:, 0], writesae.effect(model, tokens, 9, edits), atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("what, n", (("sizes", 5), ("active", 13), ("variants", 8)))
 def test_compare_of_a_tiny_cell(what, n, monkeypatch):
     monkeypatch.setattr(run, "SIZES", (20, 40, 80))
     monkeypatch.setattr(run, "POSITIONS", range(10, 28, 6))
-    args = SimpleNamespace(what=what, plot=None, quick=True, seed=0, atoms=24, sae=None)
+    args = Namespace(what=what, plot=None, quick=True, seed=0, atoms=24, sae=None)
     reader = SimpleNamespace(args=args, model=tiny_model("mamba2"), file=torch.arange(12),
                              tokens=random_tokens(0, 12), training_tokens=random_tokens(1, 6, 20))
     cell = run.Cell(reader, 1, 0)
     k, v = writesae.collect(cell.model, reader.training_tokens, 1, [0])
-    K, V = k.shape[-1], v.shape[-1]
-    cell.writes, cell.metric = (k.view(-1, K), v.view(-1, V)), (torch.eye(K), torch.eye(V))
+    cell.writes, cell.metric = (k.flatten(0, 2), v.flatten(0, 2)), (random_metric(12, 0), torch.eye(8))
     rows, lines, _ = run.compare(cell)
     assert len(lines) == 1 + len(rows) == 1 + n
+    curve = [(r["n_atoms"], r["left"]) for r in rows if not r["trained"]]
     for r in rows:
-        assert " ".join(sorted(r)) == ("active covered left left_ci95 metric n_atoms n_positions "
-                                       "name parameters seconds trained unexplained what won "
-                                       "worth_covered worth_left")
         assert r["trained"] == (r["name"] != "random writes")
-        curve = [(x["n_atoms"], x["left"]) for x in rows if not x["trained"]]
-        many = writesae.worth(*zip(*curve), r["left"]) if what == "sizes" else None
-        assert r["worth_left"] == (many / r["n_atoms"] if many and r["trained"] else None)
-    left = {(r["name"], r["metric"], r["active"]): r["unexplained"] for r in rows}
-    for name in ("learned", "random writes") if what == "active" else ():
-        of_name = [left[name, "reads", m] for m in (1, 2, 4, 8)]
-        assert of_name == sorted(set(of_name), reverse=True)  # more atoms explain more
-    assert all(r["parameters"] == r["n_atoms"] * (K + V) for r in rows)
-    assert what != "sizes" or len(run.draw_sizes([rows], ["gdn"]).axes) == 1
+        assert r["parameters"] == r["n_atoms"] * (12 + 8) and "typical" not in r
+        many = writesae.worth(*zip(*curve), r["left"])
+        shown = what == "sizes" and r["trained"] and many
+        assert r["worth_left"] == (many / r["n_atoms"] if shown else None)
+    if what == "sizes":
+        assert len(run.draw_sizes([rows], ["gdn"]).axes) == 1
+    if what == "active":  # more atoms explain more
+        for name in ("learned", "random writes"):
+            left = [r["unexplained"] for r in rows if (r["name"], r["metric"]) == (name, "reads")]
+            assert left == sorted(left, reverse=True)
 
 
 # ---- 13. The logit-change formula ----
@@ -1616,10 +1465,8 @@ def rungs_of(*case) -> dict:
     """All rungs by name, and what was measured."""
     with torch.no_grad():
         predicted, measured = writesae.logit_ladder(*case)
-        alone, same = writesae.logit_ladder(*case, jacobians=False)
-    assert predicted.shape == (7, 4, LATER, 3)
-    assert_close(alone, predicted[:1])
-    assert_close(same, measured)
+        without = writesae.logit_ladder(*case, jacobians=False)
+    assert_close(without, (predicted[:1], measured))
     return dict(zip(writesae.RUNGS, predicted)) | dict(measured=measured)
 
 
@@ -1667,26 +1514,26 @@ def test_lower_rungs_are_the_direct_path_with_less_of_it(kind, rung, monkeypatch
 
 
 @EACH_KIND
-def test_the_ladder_over_a_text_is_the_ladder_at_each_place(kind, monkeypatch):
+def test_the_ladder_over_a_text_is_measured_at_each_place(kind, monkeypatch):
     """Small, swap and delete by hand, for the last of three places; two passages run at once."""
     monkeypatch.setattr(writesae, "BATCH_BYTES", 4 * LATER * 61 * 6 * 2)
-    model, tokens = tiny_model(kind).double(), random_tokens(4, B=5)
+    model, tokens = tiny_model(kind).double(), random_tokens(4, B=4)
     mixer = model.layers[1].mixer
-    k, key = torch.randn(2, 5, 2, mixer.K, generator=rng(5)).double()
-    v, value = torch.randn(2, 5, 2, mixer.V, generator=rng(6)).double()
-    where = torch.zeros(5, 2, dtype=torch.bool)
-    where[3, 0] = where[1, 1] = where[4, 1] = True
+    k, key = torch.randn(2, 4, 2, mixer.K, generator=rng(5)).double()
+    v, value = torch.randn(2, 4, 2, mixer.V, generator=rng(6)).double()
+    where = torch.zeros(4, 2, dtype=torch.bool)
+    where[0, 0] = where[2, 1] = where[3, 1] = True
     text = tokens, [7, 12], writesae.three_edits(k, v, key, value), where
     x, y = writesae.ladder_over_text(model, 1, 2, *text, ranks=(1, 4), steps=3)
-    assert x.shape == (7, 3, 3, 3, 2) and y.shape == (3, 3, 3, 2)
-    k, v, key, value = k[4, 1], v[4, 1], key[4, 1], value[4, 1]
-    small = Edit(1, 2, 12, 0.1 * key / key.norm() / value.norm(), value)
-    swap = [Edit(1, 2, 12, -k, v), Edit(1, 2, 12, key, value)]
+    assert x.shape == (7, 3, 3, 3, 2)
+    out = Edit(1, 2, 12, -k[3, 1], v[3, 1])
+    put = Edit(1, 2, 12, key[3, 1], value[3, 1])
+    small = put._replace(key=0.1 * put.key / put.key.norm() / put.value.norm())
     with torch.no_grad():
-        native = model(tokens[4:])[0][0, 12:15]
+        native = model(tokens[3:])[0][0, 12:15]
         best = native[0].argsort(descending=True)[[0, 3]]
-        for changed, edits in zip(y[:, 2], ([small], swap, swap[:1])):
-            edited = model(tokens[4:], edits=edits)[0][0, 12:15]
+        for changed, edits in zip(y[:, 2], ([small], [out, put], [out])):
+            edited = model(tokens[3:], edits=edits)[0][0, 12:15]
             assert_close(changed, (edited - native)[:, best])
 
 
@@ -1702,9 +1549,9 @@ def test_random_numbers_fit_over_sizes_whatever_is_linear_in_them():
     assert_close(writesae.fitted_over_sizes(x, y), torch.tensor([[[2.2, 0], [4.4, 0]]]))
     sizes = torch.tensor(writesae.SIZES)[:, None]
     f, random = torch.randn(2, 5, 1, 7, generator=rng(6))  # 5 atoms, 7 passages
-    for y in (sizes * f, sizes * f + sizes**2):  # as well as the formula ε f does, bent or not
-        by_formula = writesae.fitted_over_sizes(sizes * f, y)
-        assert_close(writesae.fitted_over_sizes(sizes * random, y), by_formula)
+    y = sizes * f + sizes**2
+    by_formula = writesae.fitted_over_sizes(sizes * f, y)  # bent: no better than random
+    assert_close(writesae.fitted_over_sizes(sizes * random, y), by_formula)
 
 
 # ---- 14. Steering ----
