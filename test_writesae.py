@@ -1427,7 +1427,8 @@ def test_compare_of_a_tiny_cell(what, n, monkeypatch):
                              tokens=random_tokens(0, 12), training_tokens=random_tokens(1, 6, 20))
     cell = run.Cell(reader, 1, 0)
     k, v = writesae.collect(cell.model, reader.training_tokens, 1, [0])
-    cell.writes, cell.metric = (k.flatten(0, 2), v.flatten(0, 2)), (random_metric(12, 0), torch.eye(8))
+    cell.writes = k.flatten(0, 2), v.flatten(0, 2)
+    cell.metric = random_metric(12, 0), torch.eye(8)
     rows, lines, _ = run.compare(cell)
     assert len(lines) == 1 + len(rows) == 1 + n
     curve = [(r["n_atoms"], r["left"]) for r in rows if not r["trained"]]
