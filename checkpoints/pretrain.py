@@ -180,4 +180,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except models.InputError as error:
+        sys.exit(f"error: {error}")
