@@ -604,8 +604,8 @@ def test_two_more_rules_are_columns_of_the_table():
     """S_t = (I − β k kᵀ) diag(α) S + β k vᵀ, and S_t = (I − k (b k)ᵀ) diag(α) S + k (w v)ᵀ."""
     s = random_steps("rwkv7", 3)
     k, alpha = s.erase_in, s.log_decay.exp()  # k of length 1
-    b, w = (torch.rand(2, 20, 3, n, generator=rng(n)) for n in (6, 4))
-    beta = w[..., :1]
+    b, w = torch.rand(2, 20, 3, 6, generator=rng(0)), torch.rand(2, 20, 3, 4, generator=rng(1))
+    beta = b[..., :1]
     for look, out, v in ((k, beta * k, beta * s.v), (b * k, k, w * s.v)):
         after = states(s._replace(k=k, v=v, erase_in=alpha * look, erase_out=out))
         kept = alpha[:, 1:, ..., None] * after[:, :-1]
@@ -615,30 +615,30 @@ def test_two_more_rules_are_columns_of_the_table():
 
 def test_wrong_shapes_and_edits_are_named():
     s, zeros = random_steps("gdn", 0), torch.zeros
-    steps = (
-        (s, zeros(2, 3, 4, 6), "value first"),
-        (s._replace(v=s.v.transpose(1, 2)), None, "head axis before the time axis"),
-        (s._replace(log_decay=s.log_decay[..., 0]), None, "last axis missing"),
-        (s._replace(erase_in=None), None, "both None"),
-        (s.times(0, 0), None, "is the text empty"),
-        (s._replace(v=s.v.bfloat16()), None, "must all be float32"),
-    )
-    for wrong, state, message in steps:
+    steps = {
+        "head axis before the time axis": s._replace(v=s.v.transpose(1, 2)),
+        "last axis missing": s._replace(log_decay=s.log_decay[..., 0]),
+        "both None": s._replace(erase_in=None),
+        "is the text empty": s.times(0, 0),
+        "must all be float32": s._replace(v=s.v.bfloat16()),
+        "value first": s,  # with a wrong state
+    }
+    for message, wrong in steps.items():
+        state = zeros(2, 3, 4, 6) if message == "value first" else None
         for repeat in (recurrence, recurrence_chunked):
             with pytest.raises(InputError, match=message):
                 repeat(wrong, state)
     model, edit = tiny_model("gdn"), Edit(0, 0, 1, zeros(8), zeros(6))
-    edits = (
-        (edit._replace(layer=3), "full attention.*recurrent layers: 0, 1, 2"),
-        (edit._replace(layer=2), "layer 2.*this call runs the layers in range.0, 2"),
-        (edit._replace(head=4), "heads 0..3"),
-        (edit._replace(position=5), "position 5: .*range.0, 5"),
-        (edit._replace(key=edit.value), "key first"),
-    )
-    stream = model.embed(random_tokens(0, T=5))
-    for wrong, message in edits:
+    edits = {
+        "full attention.*recurrent layers: 0, 1, 2": edit._replace(layer=3),
+        "layer 2.*this call runs the layers in range.0, 2": edit._replace(layer=2),
+        "heads 0..3": edit._replace(head=4),
+        "position 5: .*range.0, 5": edit._replace(position=5),
+        "key first": edit._replace(key=edit.value),
+    }
+    for message, wrong in edits.items():
         with pytest.raises(InputError, match=message):
-            model.run(stream, edits=[wrong], last=2)
+            model.run(model.embed(random_tokens(0, T=5)), edits=[wrong], last=2)
 
 
 # ---- 5. The adapters in float64 NumPy, straight from their equations ----
@@ -656,12 +656,10 @@ def numpy_gdn(p, h, m):
     beta = sigmoid(h @ p["in_proj_b.weight"].T)[:, :, None]
     step = np.logaddexp(0, h @ p["in_proj_a.weight"].T + p["dt_bias"])
     log_alpha = (-np.exp(p["A_log"]) * step)[:, :, None]
-    erase_out = np.exp(log_alpha) * beta * k
-    v = beta * by_heads(v, m.heads)
+    v, erase_out = beta * by_heads(v, m.heads), np.exp(log_alpha) * beta * k
     o = numpy_reads(q / np.sqrt(m.K), k, v, log_alpha, k, erase_out)
     o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-6) * p["norm.weight"]
-    y = o.reshape(len(h), -1) * silu(h @ p["in_proj_z.weight"].T)
-    return y @ p["out_proj.weight"].T
+    return o.reshape(len(h), -1) * silu(h @ p["in_proj_z.weight"].T)
 
 
 def numpy_mamba2(p, h, m):
@@ -669,7 +667,7 @@ def numpy_mamba2(p, h, m):
     y = numpy_reads(*s) + skipped
     y = by_heads(y.reshape(len(h), -1) * silu(z), m.groups)
     y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5)
-    return (y.reshape(len(h), -1) * p["norm.weight"]) @ p["out_proj.weight"].T
+    return y.reshape(len(h), -1) * p["norm.weight"]
 
 
 def numpy_rwkv7(p, h, m):
@@ -691,8 +689,7 @@ def numpy_rwkv7(p, h, m):
     o = o / np.sqrt((o**2).mean(-1, keepdims=True) + m.eps)
     bonus = (r * k * p["r_k"]).sum(-1, keepdims=True) * v
     y = o.reshape(len(h), -1) * p["g_norm.weight"] + p["g_norm.bias"]
-    y = (y + bonus.reshape(len(h), -1)) * lora("g", sigmoid)
-    return y @ p["out_proj.weight"].T
+    return (y + bonus.reshape(len(h), -1)) * lora("g", sigmoid)
 
 
 @pytest.mark.parametrize("restated", [numpy_gdn, numpy_mamba2, numpy_rwkv7])
@@ -702,9 +699,8 @@ def test_each_adapter_is_its_equations_and_linear_in_o_at_its_scale(restated, mo
     mixer, h = model.layers[0].mixer, torch.randn(1, 25, 32, generator=rng(5))
     s, rest, _ = mixer.inputs(h, {})
     o, _ = recurrence_chunked(s)
-    ours = mixer.output(o, rest)
-    p = {name: x.double().numpy() for name, x in mixer.named_parameters()}
-    theirs = restated(p, h[0].double().numpy(), mixer)
+    ours, p = mixer.output(o, rest), {n: x.double().numpy() for n, x in mixer.named_parameters()}
+    theirs = restated(p, h[0].double().numpy(), mixer) @ p["out_proj.weight"].T
     np.testing.assert_allclose(ours[0], theirs, atol=2e-4 * np.abs(theirs).max())
     gate, scale = mixer.gate_and_scale(o, rest)
     assert torch.equal(mixer.gate_and_scale(3 * o, rest)[0], gate), "the gate does not depend on o"
@@ -761,8 +757,8 @@ def test_transformers_agrees_in_each_layout(tmp_path, kind, rewrite):
     make_checkpoint(tmp_path, kind)
     tokens = random_tokens(2, T=70)
     for folder in (HERE / "checkpoints" / kind, tmp_path):
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        logits = theirs(tokens).logits.detach()
+        official = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        logits = official(tokens).logits.detach()
         assert_same_logits(folder, tokens, logits)
     rewrite(tmp_path)
     assert_same_logits(tmp_path, tokens, logits)
@@ -834,8 +830,8 @@ def test_an_edited_model_is_a_model_that_wrote_something_else(kind, monkeypatch)
         k, v = s.k.clone(), s.v.clone()
         for head, t in ((2, 2), (2, 5), (0, 2)):
             key, value = torch.randn(2, mixer.K, generator=g), torch.randn(mixer.V, generator=g)
-            edits.append(Edit(1, head, t + 7, -s.k[:, t, head], s.v[:, t, head]))
-            edits.append(Edit(1, head, t + 7, key, value))
+            undo = Edit(1, head, t + 7, -s.k[:, t, head], s.v[:, t, head])
+            edits.extend([undo, undo._replace(key=key, value=value)])
             k[:, t, head], v[:, t, head] = key, value
         return s._replace(k=k, v=v), rest, new
 
@@ -881,13 +877,12 @@ def assert_refused(folder: Path, message: str):
 
 WRONG = {  # what is refused by its name, or by that of the last key in it
     "gdn": [("hidden_act", "gelu"), ("attention_bias", True), ("sliding_window", 8),
-            ("layer_types", ["linear_attention"]), ("rope_scaling", {"rope_type": "yarn"}),
-            ("rope_scaling", {"type": "linear"}), ("rope_scaling", {"low_freq": 1}),
-            ("partial_rotary_factor", 0.4), ("text_config", {"tie_word_embeddings": False})],
-    "mamba2": [("model_type", "mamba"), ("hidden_act", "gelu"), ("n_groups", 0),
-               ("hidden_size", True), ("num_hidden_layers", 10**9),
-               ("layer_norm_epsilon", math.nan), ("time_step_limit", [0.5, 0.1]),
-               ("quantization_config", {"bits": 4})],
+            ("layer_types", ["linear_attention"]), ("partial_rotary_factor", 0.4),
+            ("rope_scaling", {"rope_type": "yarn"}), ("rope_scaling", {"type": "linear"}),
+            ("rope_scaling", {"low_freq": 1}), ("text_config", {"tie_word_embeddings": False})],
+    "mamba2": [("model_type", "mamba"), ("hidden_act", "gelu"), ("hidden_size", True),
+               ("num_hidden_layers", 10**9), ("n_groups", 0), ("layer_norm_epsilon", math.nan),
+               ("time_step_limit", [0.5, 0.1]), ("quantization_config", {"bits": 4})],
     "mamba_ssm": [("d_intermediate", 128), ("ssm_cfg", {"layer": "Mamba1"}),
                   ("ssm_cfg", {"layer": "Mamba2", "ngroups": 2, "d_state": 24}),
                   ("ssm_cfg", {"layer": "Mamba2", "norm_before_gate": True})],
