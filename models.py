@@ -219,7 +219,7 @@ def causal_conv(x: Tensor, tail: Tensor | None, conv: nn.Conv1d) -> tuple[Tensor
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + eps) · (offset + weight). Qwen3.5's blocks have offset 1, its heads 0."""
+    """x / √(mean x² + eps) · (offset + weight). Qwen3.5 has offset 1, its GatedDeltaNet 0."""
     def __init__(self, size, eps, offset=0.0):
         super().__init__()
         self.eps, self.offset = eps, offset
@@ -443,7 +443,7 @@ class Block(nn.Module):
     def __init__(self, mixer: nn.Module, norm1: nn.Module, mlp=None, norm2=None):
         super().__init__()
         self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp
-        self.recurrent = not isinstance(mixer, GatedAttention)  # Qwen3.5's, every 4th, is not
+        self.recurrent = not isinstance(mixer, GatedAttention)  # Qwen3.5's attention has no state
 
     def inputs(self, stream: Stream, cache: dict):
         """Return a recurrent mixer's six tensors, the rest that its output needs, its new cache."""

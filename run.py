@@ -1086,8 +1086,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     require(args.sae or args.command != "train", "train: give --sae, where to keep what is learned")
     require(args.command != "compare" or args.what == "sizes" or not args.plot,
             "--plot draws sizes: leave it out, or give --what sizes")
-    require(args.command != "steer" or "all" not in (args.layer, args.head), "steer: give one "
-            "--layer and one --head, or --reach all")
+    require(args.command != "steer" or "all" not in (args.layer, args.head), "steer: --layer and "
+            "--head take one number each; --reach all is what edits every head")
     require((args.prompt is None) == (args.target is None), "give --prompt with --target")
     for path in filter(None, [args.json, args.plot, args.sae if one_file else None]):
         models.check_writable(path)

@@ -533,7 +533,6 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models as kinds
@@ -1418,8 +1417,8 @@ def test_compare_of_a_tiny_cell(what, n, monkeypatch):
     monkeypatch.setattr(run, "SIZES", (20, 40, 80))
     monkeypatch.setattr(run, "POSITIONS", range(10, 28, 6))
     args = Namespace(what=what, plot=None, quick=True, seed=0, atoms=24, sae=None)
-    reader = SimpleNamespace(args=args, model=tiny_model("mamba2"), file=torch.arange(12),
-                             tokens=random_tokens(0, 12), training_tokens=random_tokens(1, 6, 20))
+    reader = Namespace(args=args, model=tiny_model("mamba2"), file=torch.arange(12),
+                       tokens=random_tokens(0, 12), training_tokens=random_tokens(1, 6, 20))
     cell = run.Cell(reader, 1, 0)
     k, v = writesae.collect(cell.model, reader.training_tokens, 1, [0])
     cell.writes = k.flatten(0, 2), v.flatten(0, 2)
@@ -2080,8 +2079,8 @@ def test_one_cell_that_fails_is_named_and_the_others_are_kept(tmp_path, text, ca
 
 
 def test_every_purpose_and_cell_has_draws_of_its_own():
-    reader = SimpleNamespace(args=run.parse(["replace", "--seed", "5"]), tokens=None, file=None)
-    reader.model = SimpleNamespace(name="m")
+    reader = Namespace(args=run.parse(["replace", "--seed", "5"]), tokens=None, file=None)
+    reader.model = Namespace(name="m")
     numbers = set()
     for layer, head, seed, purpose in itertools.product((0, 1), (0, 1), (5, 6), "ab"):
         reader.args.seed = seed

@@ -13,7 +13,7 @@ far the model's predictions move. The core of it, for one head of one layer:
 Six words are used throughout:
     write      k vᵀ, what a head adds to its state at a token, kept as its two sides: k [K], v [V]
     atom       A_i = key_i value_iᵀ, one of the n matrices of a dictionary
-    a          a write's coefficient at its nearest atom: k vᵀ ≈ a A_i (in models.py A_t is another)
+    a          a write's coefficient at its nearest atom: k vᵀ ≈ a A_i (A_t of models.py is another)
     stand-in   the matrix that is put in a write's place: a A_i, or whatever else is tested
     near       X is near Y if ⟨X − Y, X − Y⟩ is small; a *metric* says what ⟨ , ⟩ counts
     effect     KL(native ‖ edited) of the next-token predictions, summed over the write's own step
@@ -344,7 +344,7 @@ BATCH_BYTES = 60_000_000  # of log-probabilities: how much of a text runs at onc
 
 
 def passages_at_once(model, tokens, rows):
-    """Split the indices 0..n−1 of passages into batches, `rows` of which fit BATCH_BYTES."""
+    """Split the indices 0..n−1 of passages into batches: `rows` times as many fit BATCH_BYTES."""
     at_once = max(1, BATCH_BYTES // (4 * LATER * model.vocab * rows))
     return torch.arange(len(tokens), device=tokens.device).split(at_once)
 

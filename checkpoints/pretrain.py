@@ -136,7 +136,7 @@ def train_step(model: LanguageModel, both: list, x: Tensor, step: int, steps: in
     return loss.item()
 
 
-def pretrain(name: str, folder: str, text: tuple, tokens: int, seed: int = 0, device="cpu") -> float:
+def pretrain(name: str, folder: str, text: tuple, tokens: int, seed=0, device="cpu") -> float:
     """Train the model `name` on text (training, held out; dicts of files) and write its folder, the
     weights last: where they are, all is. Returns held-out bits per byte. Raises InputError."""
     (training, tested), weights = text, os.path.join(folder, "model.safetensors")
@@ -174,8 +174,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    device = run.pick_device(args.device)
     text = run.choose_text(argparse.Namespace(text=None, train_text=None))
-    bits = pretrain(args.name, args.out, text, args.tokens, args.seed, args.device)
+    bits = pretrain(args.name, args.out, text, args.tokens, args.seed, device)
     print(f"{args.name}: held-out {bits:.3f} bits per byte, saved in {args.out}")
 
 
