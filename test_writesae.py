@@ -638,6 +638,10 @@ def test_wrong_shapes_and_edits_are_named():
     for message, wrong in edits.items():
         with pytest.raises(InputError, match=message):
             model.run(model.embed(random_tokens(0, T=5)), edits=[wrong], last=2)
+    stream = model.embed(random_tokens(0, T=5))
+    _, cache = model.run(stream)
+    with pytest.raises(InputError, match="position 1: .*range.5, 10"):
+        model.run(stream, cache, [edit])
 
 
 # ---- 5. The adapters in float64 NumPy, straight from their equations ----
